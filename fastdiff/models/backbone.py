@@ -1,0 +1,137 @@
+"""What every backbone shares: checks of its input, saving and loading."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+T = TypeVar("T", bound="Backbone")
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Words for an error message: the valid names closest to `name`, or all of them."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(names)}"
+
+
+def check_choice(owner: str, field: str, value: str, valid: Iterable[str]) -> None:
+    """Raise ValueError unless `value` is one of `valid`."""
+    if value not in (names := list(valid)):
+        raise ValueError(f"{owner}: {field}={value!r}, {nearest(value, names)}")
+
+
+def check_image(owner: str, x: Tensor, channels: int, multiple: int) -> None:
+    """Raise ValueError unless x is (B, channels, H, W) with H and W multiples of `multiple`."""
+    if x.ndim != 4:
+        raise ValueError(f"{owner}: x has {x.ndim} dimensions, expected 4: (B, C, H, W)")
+    if x.shape[1] != channels:
+        raise ValueError(f"{owner}: x has {x.shape[1]} channels, the model takes {channels}")
+    for side, name in zip(x.shape[2:], "HW", strict=True):
+        if side == 0 or side % multiple:
+            raise ValueError(
+                f"{owner}: image {name}={side} is not a multiple of {multiple}; the next sizes "
+                f"that fit are {side // multiple * multiple or multiple} and "
+                f"{(side // multiple + 1) * multiple}"
+            )
+
+
+class Backbone(nn.Module):
+    """A denoising network `model(x, t, context, ...)` that is built from its `Config` alone."""
+
+    Config: ClassVar[type]
+    config: Any
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return next(self.parameters()).dtype
+
+    def check_conditions(self, context: Tensor | None, y: Tensor | None) -> None:
+        """Raise ValueError for a condition that this model was not built to take."""
+        name = type(self).__name__
+        if context is not None and self.config.context_dim is None:
+            raise ValueError(
+                f"{name}: context of width {context.shape[-1]} given, but the model has "
+                "context_dim=None; create it with context_dim set to the text encoder's width"
+            )
+        if y is not None and self.config.num_classes is None:
+            raise ValueError(
+                f"{name}: labels y given, but the model has num_classes=None; create it with "
+                "num_classes set"
+            )
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write `config.json` and `model.safetensors`.
+
+        Args:
+            folder: Made if it does not exist. Each file is written beside its place and renamed.
+        """
+        from safetensors.torch import save_file
+
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        config = {"model": type(self).__name__, **dataclasses.asdict(self.config)}
+        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
+        temporary = path / f".{WEIGHTS_FILE}.{os.getpid()}"
+        save_file(weights, temporary)
+        os.replace(temporary, path / WEIGHTS_FILE)
+        temporary = path / f".{CONFIG_FILE}.{os.getpid()}"
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
+        os.replace(temporary, path / CONFIG_FILE)
+
+    @classmethod
+    def from_config(cls: type[T], values: Mapping[str, Any]) -> T:
+        """Build from a mapping of config fields; lists become tuples.
+
+        Raises:
+            ValueError: A field that `Config` does not have.
+        """
+        fields = {field.name for field in dataclasses.fields(cls.Config)}
+        for name in values:
+            if name not in fields:
+                raise ValueError(
+                    f"{cls.Config.__name__}: unknown field {name!r}, {nearest(name, fields)}"
+                )
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(cls.Config(**given))
+
+
+def load_weights(model: nn.Module, file: Path) -> None:
+    """Load a safetensors file, all keys and shapes matching, or nothing.
+
+    Raises:
+        ValueError: Missing, extra or misshaped keys, all of them listed.
+    """
+    from safetensors.torch import load_file
+
+    weights = load_file(file)
+    own = model.state_dict()
+    problems = [f"missing: {name}" for name in own if name not in weights]
+    problems += [f"not in the model: {name}" for name in weights if name not in own]
+    problems += [
+        f"shape of {name}: {tuple(weights[name].shape)} in the file, {tuple(own[name].shape)} in "
+        "the model"
+        for name in own
+        if name in weights and own[name].shape != weights[name].shape
+    ]
+    if problems:
+        raise ValueError(
+            f"{file} does not fit {type(model).__name__}; nothing was loaded:\n  "
+            + "\n  ".join(problems)
+        )
+    model.load_state_dict(weights)

@@ -1,0 +1,240 @@
+"""IU-ViT: U-ViT with DWConv-FFN and the Rearrange-first head (section 3.2, Figures 4 and 8, B.1).
+
+Letters: B batch, C channels, H W pixels, p patch size, h w = H/p W/p, D width, L tokens,
+S text positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdiff.models.backbone import Backbone, check_choice, check_image
+from fastdiff.nn import (
+    FFN,
+    HEADS,
+    MHCA,
+    MHSA,
+    LabelEmbedding,
+    LayerNorm,
+    PatchEmbed,
+    PositionEmbedding,
+    SinusoidEmbedding,
+    TextCondition,
+    TimeEmbedding,
+    as_timesteps,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IUViTConfig:
+    """Configuration of IU-ViT.
+
+    Args:
+        image_size: Pixels of a side, or (H, W).
+        patch_size: p, divides both sides.
+        in_channels: Channels of the image.
+        out_channels: Channels of the prediction; None = `in_channels`.
+        dim: D.
+        layers: Transformer blocks in all, odd: (layers - 1) / 2 in, one in the middle, as many out.
+        head_dim: Width of an attention head.
+        ffn: "dwconv" | "mlp" (Table 3).
+        head: "rearrange_first" | "linear_first" (Table 3).
+        time_mlp: Two D x D Linears after the sinusoid. A reading, pinned by the published counts;
+            U-ViT's published configurations have none.
+        context_dim: Width of the text encoder, None without text.
+        num_classes: Number of labels, None without labels.
+        resize_positions: Interpolate position embeddings for other image sizes.
+    """
+
+    image_size: int | tuple[int, int] = 32
+    patch_size: int = 2
+    in_channels: int = 3
+    out_channels: int | None = None
+    dim: int = 512
+    layers: int = 13
+    head_dim: int = 64
+    ffn: str = "dwconv"
+    head: str = "rearrange_first"
+    time_mlp: bool = True
+    context_dim: int | None = None
+    num_classes: int | None = None
+    resize_positions: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.image_size, int):
+            object.__setattr__(self, "image_size", (self.image_size, self.image_size))
+        else:
+            object.__setattr__(self, "image_size", tuple(self.image_size))
+        for side in self.sides:
+            if side % self.patch_size:
+                raise ValueError(
+                    f"IUViTConfig: patch_size={self.patch_size} does not divide image side {side}"
+                )
+        if self.layers % 2 == 0 or self.layers < 1:
+            raise ValueError(f"IUViTConfig: layers={self.layers}, expected an odd number")
+        if self.dim % self.head_dim:
+            raise ValueError(
+                f"IUViTConfig: head_dim={self.head_dim} does not divide dim={self.dim}"
+            )
+        if self.head == "rearrange_first" and self.dim % self.patch_size**2:
+            raise ValueError(
+                f"IUViTConfig: patch_size^2={self.patch_size**2} does not divide dim={self.dim}, "
+                "which the Rearrange-first head needs"
+            )
+        check_choice("IUViTConfig", "ffn", self.ffn, FFN)
+        check_choice("IUViTConfig", "head", self.head, HEADS)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        assert isinstance(self.image_size, tuple)
+        return self.image_size
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: MHSA, MHCA where there is text, FFN (Figure 8).
+
+    Args:
+        config: The model's.
+        long_skip: Take the twin's features: Linear 2D -> D on their concatenation, before the
+            block (U-ViT's order).
+    """
+
+    def __init__(self, config: IUViTConfig, *, long_skip: bool = False) -> None:
+        super().__init__()
+        dim = config.dim
+        self.skip_linear = nn.Linear(2 * dim, dim) if long_skip else None
+        self.norm1 = LayerNorm(dim)
+        self.attn = MHSA(dim, head_dim=config.head_dim)
+        self.norm_cross: LayerNorm | None = None
+        self.cross: MHCA | None = None
+        if config.context_dim is not None:
+            self.norm_cross = LayerNorm(dim)
+            self.cross = MHCA(dim, config.context_dim, head_dim=config.head_dim)
+        self.norm2 = LayerNorm(dim)
+        self.ffn = FFN[config.ffn](dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        grid: tuple[int, int],
+        prefix: int,
+        text: tuple[Tensor, Tensor] | None,
+        skip: Tensor | None = None,
+    ) -> Tensor:
+        """x, skip (B, L, D); text = context (B, S, width) and its mask (B, S). Returns (B, L, D)."""
+        if self.skip_linear is not None and skip is not None:
+            # Linear(cat(x, skip)) as two products, so that the concatenation is never written
+            dim, weight = x.shape[2], self.skip_linear.weight
+            x = F.linear(x, weight[:, :dim], self.skip_linear.bias)
+            x = x + F.linear(skip, weight[:, dim:])
+        h, _ = self.norm1(x)
+        h = self.attn(h)
+        if self.cross is not None and self.norm_cross is not None and text is not None:
+            h, x = self.norm_cross(h, residual=x)
+            h = self.cross(h, *text)
+        h, x = self.norm2(h, residual=x)
+        return x + self.ffn(h, grid, prefix)
+
+
+class IUViT(Backbone):
+    """The improved U-ViT.
+
+    Everything is a token: one for the time (and one for the label) in front of the patches. Text
+    enters by cross-attention in every block and, pooled, beside the time embedding.
+
+    Source: section 3.2; U-ViT for the skeleton; PAPER.md for what the paper leaves open.
+    """
+
+    Config = IUViTConfig
+
+    def __init__(self, config: IUViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        grid = (config.sides[0] // config.patch_size, config.sides[1] // config.patch_size)
+        self.prefix = 1 if config.num_classes is None else 2
+
+        self.patch_embed = PatchEmbed(config.in_channels, dim, config.patch_size)
+        self.time: TimeEmbedding | SinusoidEmbedding
+        self.time = TimeEmbedding(dim, dim) if config.time_mlp else SinusoidEmbedding(dim)
+        self.label = None
+        if config.num_classes is not None:
+            self.label = LabelEmbedding(config.num_classes, dim)
+        self.text, self.time_text = None, None
+        if config.context_dim is not None:
+            self.text = TextCondition(config.context_dim)
+            self.time_text = nn.Linear(dim + config.context_dim, dim)
+        self.positions = PositionEmbedding(self.prefix, grid, dim, resize=config.resize_positions)
+        half = config.layers // 2
+        self.in_blocks = nn.ModuleList(Block(config) for _ in range(half))
+        self.mid_block = Block(config)
+        self.out_blocks = nn.ModuleList(Block(config, long_skip=True) for _ in range(half))
+        self.head = HEADS[config.head](
+            dim, config.patch_size, config.out_channels or config.in_channels
+        )
+        self.apply(_init_linear)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: int | float | Tensor,
+        context: Tensor | None = None,
+        *,
+        context_mask: Tensor | None = None,
+        pooled: Tensor | None = None,
+        y: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the process's target (the noise, in the paper) from a noised image.
+
+        Args:
+            x: (B, C, H, W), image in [-1, 1] plus noise.
+            t: Time in steps 0..999; int, float, or tensor of shape (), (1,) or (B,).
+            context: (B, S, context_dim) text features, None = null condition.
+            context_mask: (B, S) bool, True = valid; a row of False = null condition.
+            pooled: (B, context_dim), None = mean of the valid positions.
+            y: (B,) int64 labels; `num_classes` or None = no label.
+
+        Returns:
+            (B, out_channels, H, W), dtype of x.
+
+        Raises:
+            ValueError: A shape does not fit the configuration; both numbers are in the message.
+        """
+        batch, (height, width) = x.shape[0], x.shape[-2:]
+        check_image("IUViT", x, self.config.in_channels, self.config.patch_size)
+        self.check_conditions(context, y)
+        grid = (height // self.config.patch_size, width // self.config.patch_size)
+
+        tokens = self.patch_embed(x.to(self.dtype))
+        emb = self.time(as_timesteps(t, batch, x.device)).to(tokens.dtype)
+        text = None
+        if self.text is not None and self.time_text is not None:
+            context, mask, pooled = self.text(context, context_mask, pooled, batch)
+            emb = self.time_text(torch.cat([emb, pooled.to(emb.dtype)], dim=1))
+            text = (context, mask)
+        front = [emb.unsqueeze(1)]
+        if self.label is not None:
+            front.insert(0, self.label(y, batch).expand(batch, -1).unsqueeze(1).to(emb.dtype))
+        h = torch.cat([*front, tokens], dim=1) + self.positions(grid)
+
+        skips = []
+        for block in self.in_blocks:
+            h = block(h, grid, self.prefix, text)
+            skips.append(h)
+        h = self.mid_block(h, grid, self.prefix, text)
+        for block in self.out_blocks:
+            h = block(h, grid, self.prefix, text, skips.pop())
+        return self.head(h, grid, self.prefix).to(x.dtype)
+
+
+def _init_linear(module: nn.Module) -> None:
+    # U-ViT's initialisation; convolutions keep PyTorch's
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
