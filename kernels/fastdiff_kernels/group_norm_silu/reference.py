@@ -1,0 +1,34 @@
+"""Definition of group norm with FiLM and SiLU in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    skip: Tensor | None,
+    silu: bool,
+) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    layout = torch.contiguous_format
+    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        layout = torch.channels_last
+    h = (x if skip is None else torch.cat([x, skip], 1)).to(dtype)
+    # Not F.group_norm: it refuses groups of one value, whose variance is plainly 0.
+    y = torch.group_norm(h, num_groups, weight.to(dtype), bias.to(dtype), eps)
+    if scale is not None:
+        y = y * (1 + scale.to(dtype))[:, :, None, None]
+    if shift is not None:
+        y = y + shift.to(dtype)[:, :, None, None]
+    if silu:
+        y = F.silu(y)
+    return y.to(x.dtype).contiguous(memory_format=layout)

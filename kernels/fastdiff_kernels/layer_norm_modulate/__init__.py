@@ -1,0 +1,3 @@
+from fastdiff_kernels.layer_norm_modulate.op import layer_norm_modulate
+
+__all__ = ["layer_norm_modulate"]
