@@ -86,7 +86,6 @@ def index_shard(path: Path) -> ShardIndex:
                     raise ValueError(f"truncated inside member {member.name!r}")
                 if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
                     _add_member(samples, member)
-                tar.members = []  # tarfile keeps every header otherwise
             end = tar.offset
     except tarfile.TarError as error:
         reason = "truncated" if samples else "not a tar file"
