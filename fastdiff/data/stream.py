@@ -20,6 +20,7 @@ Letters: N samples, G global batch, W ranks, B micro-batch.
 from __future__ import annotations
 
 import logging
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -284,6 +285,12 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _ignore_interrupt(worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal; the training process decides what it means, and
+    # needs its workers to reach the end of the step and save.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def make_loader(
     dataset: CaptionedImages,
     config: StreamConfig,
@@ -318,6 +325,7 @@ def make_loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
+        worker_init_fn=_ignore_interrupt,
         # A worker that hangs (a dead network mount) must not hang the run.
         timeout=600 if num_workers else 0,
         # The loader draws a seed for its workers; without its own generator it would take it from
