@@ -25,10 +25,17 @@ def group_norm_silu(
     h = (x if skip is None else torch.cat([x, skip], 1)).to(dtype)
     # Not F.group_norm: it refuses groups of one value, whose variance is plainly 0.
     y = torch.group_norm(h, num_groups, weight.to(dtype), bias.to(dtype), eps)
-    if scale is not None:
-        y = y * (1 + scale.to(dtype))[:, :, None, None]
-    if shift is not None:
-        y = y + shift.to(dtype)[:, :, None, None]
+    if scale is not None and shift is not None:
+        y = torch.addcmul(_image(shift, dtype), y, 1 + _image(scale, dtype))
+    elif scale is not None:
+        y = y * (1 + _image(scale, dtype))
+    elif shift is not None:
+        y = y + _image(shift, dtype)
     if silu:
         y = F.silu(y)
     return y.to(x.dtype).contiguous(memory_format=layout)
+
+
+def _image(vector: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, C) as (B, C, 1, 1)."""
+    return vector.to(dtype)[:, :, None, None]

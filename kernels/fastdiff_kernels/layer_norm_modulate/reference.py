@@ -18,21 +18,24 @@ def layer_norm_modulate(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(x.dtype, torch.float32)
-
-    def parameter(p: Tensor | None) -> Tensor | None:
-        return None if p is None else p.to(dtype)
-
-    def per_sample(p: Tensor) -> Tensor:
-        return p.to(dtype).reshape(p.shape[0], *[1] * (x.ndim - 2), p.shape[1])
-
+    wide = (x.shape[0], *[1] * (x.ndim - 2), x.shape[-1])
+    weight, bias, scale, shift, gate = (
+        None if p is None else p.to(dtype) for p in (weight, bias, scale, shift, gate)
+    )
     r = x
     if residual is not None:
-        branch = x.to(dtype) if gate is None else per_sample(gate) * x.to(dtype)
-        r = (residual.to(dtype) + branch).to(x.dtype)
-    # The norm sees r as it is returned, rounded, so that r is all that a backward needs.
-    y = F.layer_norm(r.to(dtype), x.shape[-1:], parameter(weight), parameter(bias), eps)
-    if scale is not None:
-        y = y * (1 + per_sample(scale))
-    if shift is not None:
-        y = y + per_sample(shift)
+        r = residual.to(dtype)
+        if gate is None:
+            r = r + x.to(dtype)
+        else:
+            r = torch.addcmul(r, x.to(dtype), gate.reshape(wide))
+        r = r.to(x.dtype)
+    # The norm sees r as it is returned, rounded: so r is all that a backward needs.
+    y = F.layer_norm(r.to(dtype), x.shape[-1:], weight, bias, eps)
+    if scale is not None and shift is not None:
+        y = torch.addcmul(shift.reshape(wide), y, 1 + scale.reshape(wide))
+    elif scale is not None:
+        y = y * (1 + scale.reshape(wide))
+    elif shift is not None:
+        y = y + shift.reshape(wide)
     return y.to(x.dtype), r

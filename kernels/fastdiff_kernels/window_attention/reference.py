@@ -38,19 +38,23 @@ def window_attention(
     q, k, v = x.reshape(3, B, m * n, heads, h * w, d).unbind(0)
     scores = (q * scale) @ k.transpose(-1, -2)
 
+    # Bias and mask first become one small tensor, (m*n or 1, N, h*w, h*w), so the scores see one add.
+    added = None
     if bias_table is not None:
         index = _relative_index(h, w, qkv.device)
-        bias = F.embedding(index, bias_table.to(x.dtype))
-        scores = scores + bias.permute(2, 0, 1)
-    # Swin's nine regions: pixels that the roll brought together do not see each other.
-    region = 3 * _regions(rows, h, sh)[:, None] + _regions(columns, w, sw)
-    if not pad_is_value:
-        # Padding is one more region, so a padded query has keys and its softmax no NaN.
-        region = torch.where(padded.roll((-sh, -sw), (0, 1)), 9, region)
+        added = F.embedding(index, bias_table.to(x.dtype)).permute(2, 0, 1)
     if sh or sw or (not pad_is_value and (m * h, n * w) != (H, W)):
-        region = region.reshape(m, h, n, w).transpose(1, 2).reshape(m * n, 1, h * w)
-        apart = region.transpose(1, 2) != region
-        scores = scores.masked_fill(apart[:, None], float("-inf"))
+        # Swin's nine regions: pixels that the roll brought together do not see each other.
+        region = 3 * _regions(rows, h, sh)[:, None] + _regions(columns, w, sw)
+        if not pad_is_value:
+            # Padding is one more region: so a padded query has keys, and its softmax no NaN.
+            region = region.masked_fill(padded.roll((-sh, -sw), (0, 1)), 9)
+        region = region.reshape(m, h, n, w).transpose(1, 2).reshape(m * n, 1, 1, h * w)
+        apart = region.transpose(2, 3) != region
+        mask = x.new_zeros(apart.shape).masked_fill(apart, float("-inf"))
+        added = mask if added is None else added + mask
+    if added is not None:
+        scores = scores + added
 
     out = scores.softmax(-1) @ v
     out = out.reshape(B, m, n, heads, h, w, d).permute(0, 1, 4, 2, 5, 3, 6)
