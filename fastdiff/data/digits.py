@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fastdiff.data import writers
+from fastdiff.data.transforms import to_tensor
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTIONS = tuple(f"a handwritten {name}" for name in NAMES)
@@ -38,7 +39,7 @@ def _split() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    return tuple(  # type: ignore[return-value]
+    return tuple(
         train_test_split(
             digits.images, digits.target, test_size=0.25, random_state=0, stratify=digits.target
         )
@@ -87,9 +88,9 @@ class DigitJudge:
         from sklearn.svm import SVC
 
         pictures, target = load()
-        self._classifier = SVC(gamma=0.001).fit(_features(_tensor(pictures)), target)
+        self._classifier = SVC(gamma=0.001).fit(_features(to_tensor(pictures)), target)
         pictures, target = load(held_out=True)
-        self.held_out_accuracy = float(np.mean(self.judge(_tensor(pictures)) == target))
+        self.held_out_accuracy = float(np.mean(self.judge(to_tensor(pictures)) == target))
 
     def judge(self, pictures: torch.Tensor) -> np.ndarray:
         """The digit that each picture is nearest to.
@@ -128,10 +129,6 @@ class DigitJudge:
             )
         wanted = np.array([parse(caption) for caption in captions])
         return float(np.mean(self.judge(pictures) == wanted))
-
-
-def _tensor(pictures: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 def _features(pictures: torch.Tensor) -> np.ndarray:

@@ -133,7 +133,7 @@ def render(
         jitter: False draws every shape at its exact place and size.
 
     Returns:
-        (B, R, R, 3) uint8.
+        (B, R, R, 3) uint8; `to_tensor` makes of it what training sees.
 
     Raises:
         ValueError: a caption that is none, or a resolution under 8.
@@ -156,11 +156,6 @@ def render(
         x, y = centre[rows].T
         mask[rows, ..., 0] = coverage(shape, x, y, radius[rows], resolution)
     return np.rint(back + mask * (front - back)).astype(np.uint8)
-
-
-def to_tensor(pixels: np.ndarray) -> torch.Tensor:
-    """(B, R, R, 3) uint8 to (B, 3, R, R) float32 in [-1, 1], as training sees pictures."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1.0
 
 
 def _samples(

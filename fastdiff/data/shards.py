@@ -8,13 +8,16 @@ same. Other members are never read, nothing is ever extracted.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import secrets
 import tarfile
 import zipfile
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,6 +85,8 @@ def index_shard(path: Path) -> ShardIndex:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                if member.size < 0:
+                    raise ValueError(f"member {member.name!r} has a negative size")
                 if member.offset_data + member.size > size:
                     raise ValueError(f"truncated inside member {member.name!r}")
                 if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
@@ -139,7 +144,7 @@ def load_index(path: Path) -> ShardIndex:
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass
     index = index_shard(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         with open(partial, "wb") as file:
             np.savez(file, stamp=stamp, keys=index.keys, rows=index.rows)
@@ -147,7 +152,8 @@ def load_index(path: Path) -> ShardIndex:
     # A folder that cannot be written: the index stays in memory.
     except OSError as error:
         log.info("index of %s is not stored: %s", path, error)
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
     return index
 
 
@@ -186,6 +192,16 @@ class ShardDataset:
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    @property
+    def fingerprint(self) -> str:
+        """Names, sizes and sample counts of the shards as 16 hex digits: equal on all ranks, and
+        when a run is resumed, or index i does not mean the same sample."""
+        told = [
+            f"{path.name} {path.stat().st_size} {len(index.rows)}"
+            for path, index in zip(self.shards, self._indices, strict=True)
+        ]
+        return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
 
     def __getitem__(self, index: int) -> Sample:
         """Sample number `index` over all shards.

@@ -7,6 +7,11 @@ import torch
 from PIL import Image
 
 
+def to_tensor(pixels: np.ndarray) -> torch.Tensor:
+    """(B, H, W, 3) uint8 to (B, 3, H, W) float32, contiguous, in [-1, 1]: x / 127.5 - 1."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1.0
+
+
 def to_square_tensor(image: Image.Image, image_size: int, flip: bool = False) -> torch.Tensor:
     """Scale the shorter side to `image_size`, crop the centre, and map pixels to [-1, 1].
 
@@ -38,7 +43,5 @@ def to_square_tensor(image: Image.Image, image_size: int, flip: bool = False) ->
         box=(left, top, left + side, top + side),
         reducing_gap=3.0,
     )
-    pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)
-    if flip:
-        pixels = pixels.flip(2)
-    return pixels.contiguous().float() / 127.5 - 1.0
+    pixels = np.array(square)
+    return to_tensor(pixels[None, :, ::-1].copy() if flip else pixels[None])[0]

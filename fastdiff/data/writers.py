@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import shutil
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -68,8 +69,7 @@ def _is_written(path: Path, info: dict[str, Any]) -> bool:
 def _new_folder(path: Path, info: dict[str, Any]) -> Iterator[Path]:
     """A temporary folder beside `path` that becomes `path` when the block ends without error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = path.parent / f".{path.name}.{secrets.token_hex(8)}.partial"
     partial.mkdir()
     try:
         yield partial
