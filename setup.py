@@ -66,7 +66,9 @@ def find_torch() -> Path:
 def find_program(*names: str) -> str | None:
     """A program on PATH or beside the running interpreter, where pip puts cmake and ninja."""
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
-    return next((found for name in names if name and (found := shutil.which(name, path=path))), None)
+    return next(
+        (found for name in names if name and (found := shutil.which(name, path=path))), None
+    )
 
 
 def compile_library(build: Path, target: Path) -> None:
@@ -116,22 +118,24 @@ class BuildLibrary(build_ext):
         except (RuntimeError, OSError) as error:
             library.unlink(missing_ok=True)
             reason.write_text(f"{error}\n")
-            print(f"fastdiff: installing without the compiled CPU kernels: {error}", file=sys.stderr)
+            self.distribution.library_absent = True
+            print(
+                f"fastdiff: installing without the compiled CPU kernels: {error}", file=sys.stderr
+            )
 
 
 class Wheel(bdist_wheel):
     """The library holds no Python symbols: one wheel per platform serves every Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        platform = super().get_tag()[2]
-        roots = (Path(self.bdist_dir), ROOT / "kernels")
-        built = any((root / LIBRARY).is_file() for root in roots)
-        return ("py3", "none", platform if built else "any")
+        absent = getattr(self.distribution, "library_absent", False)
+        return ("py3", "none", "any" if absent else super().get_tag()[2])
 
 
-setup(
-    packages=[*find_packages(include=["fastdiff*"]), *find_packages("kernels")],
-    package_dir={"fastdiff": "fastdiff", "fastdiff_kernels": "kernels/fastdiff_kernels"},
-    ext_modules=[Extension("fastdiff_kernels.libfastdiff_cpu", sources=[])],
-    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
-)
+if __name__ == "__main__":  # the tests import this file
+    setup(
+        packages=[*find_packages(include=["fastdiff", "fastdiff.*"]), *find_packages("kernels")],
+        package_dir={"fastdiff": "fastdiff", "fastdiff_kernels": "kernels/fastdiff_kernels"},
+        ext_modules=[Extension("fastdiff_kernels.libfastdiff_cpu", sources=[])],
+        cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
+    )

@@ -1,7 +1,7 @@
 """Loads the compiled CPU library, once, or says why there is none and how to get it.
 
-Nothing is loaded at import: the first of `available`, `why_absent` and `load` does it. The functions
-of the library are then `torch.ops.fastdiff_native.*`.
+Nothing is loaded at import: the first of `available`, `why_absent` and `load` does it. The
+library's functions are then `torch.ops.fastdiff_native.*`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def available() -> bool:
 
 
 def why_absent() -> str | None:
-    """The reason why the compiled library cannot be used and what to do, or None where it is loaded.
+    """Why the compiled library cannot be used and what to do about it, or None where it is loaded.
 
     Raises:
         RuntimeError: FASTDIFF_CPU_LEVEL names no level, or one above this CPU's.
@@ -86,8 +86,9 @@ def _load(library: Path) -> str | None:
     try:
         torch.ops.load_library(os.fspath(library))
     except OSError as error:
+        why = error.__cause__ or error  # torch's own message names only the file
         return (
-            f"the compiled CPU kernels do not load with torch {torch.__version__}: {error}. {_CURE}"
+            f"the compiled CPU kernels do not load with torch {torch.__version__}: {why}. {_CURE}"
         )
     torch.ops.fastdiff_native.cpu_level()  # settles the level now, so that a bad override is told
     return None

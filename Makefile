@@ -1,0 +1,111 @@
+# The commands of fastdiff. `make` alone lists them.
+# Everything is made on a bare machine with Python >= 3.10 and, for the compiled part, a C++ compiler.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.install-stamp
+TORCH := 2.13.0
+# The first interpreter that runs (a version manager's shim may not) and is new enough.
+PYTHON ?= $(firstword $(foreach p,python3 python3.11 python3.12 python3.13 python3.10 python3.14, \
+  $(if $(shell $(p) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>&1 || echo no),,$(p))))
+
+NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find kernels \( -name '*.cpp' -o -name '*.h' \) 2>/dev/null)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Two processes share the two cores of a small machine.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+# A named step that tells its time: $(call step,name,command)
+step = @echo "== $(1)"; start=$$SECONDS; \
+  if $(2); then echo "== $(1): $$((SECONDS - start)) s"; \
+  else echo "== $(1): FAILED after $$((SECONDS - start)) s"; exit 1; fi
+
+##@ Run
+
+.PHONY: demo demo-ascend
+demo: $(STAMP)  ## train a small IU-ViT on the embedded scenes, sample 16 prompts, judge them
+	@$(PY) train/demo.py --config demo
+
+demo-ascend: $(STAMP)  ## the same job with a small ASCEND
+	@$(PY) train/demo.py --config demo_ascend
+
+##@ Check
+
+.PHONY: test test-full lint types layout unit
+test: $(STAMP)  ## what CI runs: lint, types, layout, the unit tests
+	@$(MAKE) --no-print-directory lint types layout
+	@$(MAKE) --no-print-directory unit
+
+test-full: $(STAMP)  ## `make test`, and the slow tests
+	@$(MAKE) --no-print-directory test
+	$(call step,slow tests,$(PYTEST) -m slow)
+
+lint: $(STAMP)  ## ruff and clang-format
+	$(call step,lint,$(PY) -m ruff check . && $(PY) -m ruff format --check . \
+	  && git ls-files '*.cpp' '*.h' | xargs -r $(VENV)/bin/clang-format --dry-run -Werror)
+
+types: $(STAMP)  ## mypy
+	$(call step,types,$(PY) -m mypy)
+
+layout: $(STAMP)  ## the rules about files and imports
+	$(call step,layout,$(PY) -m pytest tests/test_layout.py)
+
+unit: $(STAMP)  ## all tests that are not slow
+	$(call step,unit tests,$(PYTEST) -m "not slow" --ignore tests/test_layout.py)
+
+##@ Develop
+
+.PHONY: venv format clean help
+venv: $(STAMP)  ## the environment in .venv, with everything installed and the compiled part built
+
+format: $(STAMP)  ## let the formatters rewrite the sources
+	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .
+	@git ls-files '*.cpp' '*.h' | xargs -r $(VENV)/bin/clang-format -i
+
+clean:  ## remove what was built, not .venv and not runs/
+	@rm -rf build dist *.egg-info kernels/fastdiff_kernels/libfastdiff_cpu.so \
+	  kernels/fastdiff_kernels/native_absent.txt .pytest_cache .mypy_cache .ruff_cache $(STAMP)
+
+help:  ## this list
+	@awk 'BEGIN { FS = ":.*## " } /^##@/ { print "\n" substr($$0, 5) } \
+	  /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# --- the environment -------------------------------------------------------------------------------
+
+$(PY):
+	@test -n "$(PYTHON)" || { echo "fastdiff needs Python >= 3.10 with venv; set PYTHON=..."; exit 1; }
+	@echo "== .venv: $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+# A torch that is there stays. Where no NVIDIA GPU is to be seen the CPU build is tried first: with it
+# installed, no CUDA package arrives later.
+$(VENV)/.torch-stamp: | $(PY)
+	@if $(PY) -c 'import torch' 2>/dev/null; then \
+	  echo "== torch: $$($(PY) -c 'import torch; print(torch.__version__)') is there"; \
+	else \
+	  start=$$SECONDS; \
+	  builds="torch==$(TORCH) torch>=2.10"; \
+	  nvidia-smi >/dev/null 2>&1 || builds="torch==$(TORCH)+cpu $$builds"; \
+	  for build in $$builds; do \
+	    echo "== torch: installing $$build"; \
+	    if $(PY) -m pip install -q "$$build"; then break; fi; \
+	    echo "== torch: $$build is not to be had"; \
+	  done; \
+	  $(PY) -c 'import torch' || { echo "== torch could not be installed"; exit 1; }; \
+	  echo "== torch: $$((SECONDS - start)) s"; \
+	fi
+	@touch $@
+
+# Without build isolation, so that the tools are those of constraints.txt and a rebuild is quick.
+$(STAMP): pyproject.toml constraints.txt $(NATIVE_SOURCES) | $(VENV)/.torch-stamp
+	@echo "== fastdiff: installing what pyproject.toml names, building the compiled part"
+	@start=$$SECONDS; \
+	$(PY) -m pip install -q "setuptools>=77" cmake ninja -c constraints.txt; \
+	$(PY) -m pip install -q --no-build-isolation -e ".[train,dev]" -c constraints.txt; \
+	$(PY) -c 'from fastdiff_kernels import _native as n; print("== compiled part:", n.why_absent() or n.cpu_level())'; \
+	echo "== fastdiff: $$((SECONDS - start)) s"
+	@touch $@
