@@ -1,0 +1,39 @@
+"""The demonstration: a small IU-ViT draws captioned scenes at 32x32, on a CPU.
+
+Command:   make demo, or python train/t2i.py --config demo
+Hardware:  2 CPU cores.
+"""
+
+from __future__ import annotations
+
+from fastdiff.data.scenes import TRAIN_CAPTIONS
+from fastdiff.models import IUViTConfig
+from fastdiff.training.config import (
+    DataConfig,
+    DiffusionConfig,
+    OptimConfig,
+    Recipe,
+    SampleConfig,
+    TextConfig,
+    TrainConfig,
+)
+
+RECIPE = Recipe(
+    model=IUViTConfig(image_size=32, patch_size=4, dim=128, layers=5, head_dim=32, context_dim=128),
+    text=TextConfig(encoder="small", width=128, layers=1, max_length=24),
+    data=DataConfig(workers=1),
+    diffusion=DiffusionConfig(schedule="cosine", prediction="v"),
+    optim=OptimConfig(lr=1e-3, betas=(0.9, 0.99), warmup=100, decay="cosine", clip=1.0),
+    train=TrainConfig(
+        out="runs/demo",
+        batch_size=64,
+        max_steps=1400,
+        precision="fp32",
+        ema_decay=0.999,
+        ema_warmup=True,
+        log_every=25,
+        sample_every=350,
+        checkpoint_every=100,
+    ),
+    sample=SampleConfig(prompts=TRAIN_CAPTIONS[::19][:16], steps=25, guidance=2.0),
+)

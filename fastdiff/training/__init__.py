@@ -1,0 +1,1 @@
+"""Training: recipes as typed data, engines, the loop, checkpoints."""

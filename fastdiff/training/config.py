@@ -1,0 +1,275 @@
+"""What a training run is made of, as typed data; every value exists once.
+
+A recipe (`fastdiff.recipes`) is one `Recipe`; the command line overrides any of its fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fastdiff.models import MODELS, ASCENDConfig, IUViTConfig
+from fastdiff.models.backbone import nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where images and captions come from.
+
+    Args:
+        path: Folder with `metadata.jsonl`, or folder of tar shards as img2dataset writes them.
+            None: the embedded captioned scenes, made on first use.
+        workers: Loader processes on each rank; 0 loads in the training process.
+        flip: Mirror every other image at random. Off where captions speak of left and right.
+        bad_limit: Largest share of samples that may be unreadable before the run stops.
+    """
+
+    path: str | None = None
+    workers: int = 2
+    flip: bool = False
+    bad_limit: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The text encoder.
+
+    Args:
+        encoder: "t5": a pretrained T5 by transformers, frozen. "small": a small T5 encoder with a
+            word-level vocabulary of the training captions, trained jointly; needs no download.
+        name: Name or folder of the T5.
+        revision: Revision of a T5 that is fetched by name.
+        dtype: Of the T5; float16 overflows in T5 and is not offered.
+        max_length: Tokens of a caption, the rest is cut.
+        width: Width of the small encoder (that of a T5 is its own).
+        layers: Layers of the small encoder.
+        paper_mode: Pad to `max_length` without a mask, as the authors' code did.
+    """
+
+    encoder: Literal["t5", "small"] = "t5"
+    name: str = "t5-11b"
+    revision: str | None = None
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    max_length: int = 256
+    width: int = 128
+    layers: int = 2
+    paper_mode: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """The diffusion process.
+
+    Args:
+        schedule: "linear" | "cosine".
+        prediction: What the network predicts; "eps" in the paper.
+        steps: T.
+    """
+
+    schedule: Literal["linear", "cosine"] = "cosine"
+    prediction: Literal["eps", "x0", "v"] = "eps"
+    steps: int = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule, functions of the optimiser step.
+
+    Args:
+        lr: Peak rate.
+        betas: AdamW's.
+        eps: AdamW's.
+        weight_decay: AdamW's, on every parameter.
+        warmup: Steps of linear warm-up.
+        decay: "constant", or "cosine": to zero at `max_steps`.
+        clip: Largest gradient norm, None = no clipping.
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup: int = 1000
+    decay: Literal["constant", "cosine"] = "constant"
+    clip: float | None = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop.
+
+    Args:
+        out: Run folder; the same command resumes from what it finds there.
+        batch_size: Images of one optimiser step, over all devices.
+        micro_batch: Images of one forward pass on one device; None = all of a device's share.
+        max_steps: Optimiser steps.
+        seed: Of weights, data order, noise, time steps, flips and condition dropout.
+        precision: "fp32", or "bf16": autocast in one process, bf16 weights with float32 masters
+            under DeepSpeed.
+        zero: DeepSpeed's ZeRO stage (used under its launcher only).
+        ema_decay: Per optimiser step.
+        ema_warmup: Decay min(ema_decay, (1 + n) / (10 + n)), for short runs.
+        condition_dropout: Share of captions replaced by the null condition.
+        log_every: Steps between points in the log.
+        sample_every: Steps between sample grids, 0 = none.
+        checkpoint_every: Steps between checkpoints.
+        keep: Newest checkpoints kept.
+        threads: CPU threads of a rank, None = torch's choice.
+    """
+
+    out: str = "runs/run"
+    batch_size: int = 256
+    micro_batch: int | None = None
+    max_steps: int = 500_000
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    zero: Literal[1, 2, 3] = 1
+    ema_decay: float = 0.9999
+    ema_warmup: bool = False
+    condition_dropout: float = 0.1
+    log_every: int = 50
+    sample_every: int = 5000
+    checkpoint_every: int = 1000
+    keep: int = 2
+    threads: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Sample grids, during training and after it.
+
+    Args:
+        prompts: Captions of the grid.
+        steps: DDIM steps.
+        guidance: Scale of classifier-free guidance, 1 = none.
+    """
+
+    prompts: tuple[str, ...] = ()
+    steps: int = 50
+    guidance: float = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One experiment: all that a run is made of.
+
+    Args:
+        model: The backbone's configuration; its class says which backbone.
+        text: The text encoder.
+        data: Images and captions.
+        diffusion: The process.
+        optim: Optimiser and schedule.
+        train: The loop.
+        sample: Sample grids.
+    """
+
+    model: IUViTConfig | ASCENDConfig
+    text: TextConfig = field(default_factory=TextConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        sides = self.model.image_size
+        if not isinstance(sides, tuple) or sides[0] != sides[1]:
+            raise ValueError(f"Recipe: model.image_size={sides}, training takes square images")
+        if self.text.encoder == "small" and self.model.context_dim != self.text.width:
+            raise ValueError(
+                f"Recipe: model.context_dim={self.model.context_dim} differs from "
+                f"text.width={self.text.width}; set both alike"
+            )
+        train = self.train
+        for name in ("batch_size", "max_steps", "log_every", "checkpoint_every", "keep"):
+            if getattr(train, name) < 1:
+                raise ValueError(f"Recipe: train.{name}={getattr(train, name)}, expected >= 1")
+        if not 0.0 <= train.condition_dropout <= 1.0:
+            raise ValueError(
+                f"Recipe: train.condition_dropout={train.condition_dropout}, expected 0..1"
+            )
+
+    @property
+    def side(self) -> int:
+        """Image side in pixels."""
+        assert isinstance(self.model.image_size, tuple)
+        return self.model.image_size[0]
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as plain data (dicts, lists, numbers, strings), the backbone's class by name."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+    values = plain(dataclasses.asdict(recipe))
+    kind = next(name for name, model in MODELS.items() if model.Config is type(recipe.model))
+    values["model"] = {"model": kind, **values["model"]}
+    return values
+
+
+def from_dict(values: dict[str, Any]) -> Recipe:
+    """The inverse of `to_dict`.
+
+    Raises:
+        ValueError: Unknown section, model or field.
+    """
+    sections: dict[str, type] = {
+        "text": TextConfig,
+        "data": DataConfig,
+        "diffusion": DiffusionConfig,
+        "optim": OptimConfig,
+        "train": TrainConfig,
+        "sample": SampleConfig,
+    }
+    given = dict(values)
+    model = dict(given.pop("model", {}))
+    kind = model.pop("model", None)
+    if kind not in MODELS:
+        raise ValueError(f"Recipe: unknown model {kind!r}, {nearest(str(kind), MODELS)}")
+    built: dict[str, Any] = {"model": _build(MODELS[kind].Config, model)}
+    for name, section in given.items():
+        if name not in sections:
+            raise ValueError(f"Recipe: unknown section {name!r}, {nearest(name, sections)}")
+        built[name] = _build(sections[name], section)
+    return Recipe(**built)
+
+
+def _build(kind: type, values: dict[str, Any]) -> Any:
+    fields = {f.name for f in dataclasses.fields(kind)}
+    for name in values:
+        if name not in fields:
+            raise ValueError(f"{kind.__name__}: unknown field {name!r}, {nearest(name, fields)}")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def save(recipe: Recipe, file: Path) -> None:
+    """Write a recipe as YAML."""
+    file.write_text(yaml.safe_dump(to_dict(recipe), sort_keys=False))
+
+
+def load(file: Path) -> Recipe:
+    """Read a recipe that `save` wrote; it can hold data only."""
+    return from_dict(yaml.safe_load(file.read_text()))
+
+
+def model_differences(mine: Recipe, saved: Recipe) -> list[str]:
+    """What makes a checkpoint of `saved` unfit for `mine`, a line per field: model and text.
+
+    Rates, data and step counts may change between runs of the same weights.
+    """
+    lines = []
+    for section in ("model", "text", "diffusion"):
+        a, b = to_dict(mine)[section], to_dict(saved)[section]
+        lines += [
+            f"{section}.{name}: {b.get(name)!r} in the checkpoint, {a.get(name)!r} asked for"
+            for name in {**a, **b}
+            if a.get(name) != b.get(name)
+        ]
+    return lines

@@ -1,0 +1,137 @@
+"""What is trained: a backbone, and the small text encoder where the recipe has one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.diffusion import (
+    DiffusionProcess,
+    classifier_free,
+    initial_noise,
+    sample_ddim,
+    schedule,
+)
+from fastdiff.models import MODELS, Backbone
+from fastdiff.text import SmallTextEncoder, T5TextEncoder
+from fastdiff.training.config import Recipe
+
+AnyTextEncoder = SmallTextEncoder | T5TextEncoder
+
+
+def make_process(recipe: Recipe) -> DiffusionProcess:
+    """The recipe's diffusion process."""
+    diffusion = recipe.diffusion
+    return DiffusionProcess(schedule(diffusion.schedule, diffusion.steps), diffusion.prediction)
+
+
+def make_t5(recipe: Recipe, device: torch.device) -> T5TextEncoder:
+    """The recipe's pretrained T5.
+
+    Raises:
+        ValueError: Its width is not the one the backbone takes.
+    """
+    config = recipe.text
+    encoder = T5TextEncoder(
+        config.name,
+        dtype=config.dtype,
+        max_length=config.max_length,
+        revision=config.revision,
+        paper_text_mode=config.paper_mode,
+        device=device,
+    )
+    if encoder.width != recipe.model.context_dim:
+        raise ValueError(
+            f"text encoder {config.name} has width {encoder.width}, the model takes "
+            f"model.context_dim={recipe.model.context_dim}; set it to {encoder.width}"
+        )
+    return encoder
+
+
+class Learner(nn.Module):
+    """Loss of a micro-batch, and pictures for captions.
+
+    Args:
+        recipe: The run's.
+        text: The text encoder. A small one becomes part of the learner and is trained; a
+            pretrained one stays outside and frozen.
+    """
+
+    def __init__(self, recipe: Recipe, text: AnyTextEncoder) -> None:
+        super().__init__()
+        self.process = make_process(recipe)
+        kind = next(model for model in MODELS.values() if model.Config is type(recipe.model))
+        self.backbone: Backbone = kind(recipe.model)
+        self.text: SmallTextEncoder | None = text if isinstance(text, SmallTextEncoder) else None
+        self._frozen: list[AnyTextEncoder] = [] if self.text is not None else [text]
+
+    @property
+    def encoder(self) -> AnyTextEncoder:
+        """The text encoder, trained or frozen."""
+        return self.text if self.text is not None else self._frozen[0]
+
+    def forward(
+        self, x0: Tensor, noise: Tensor, t: Tensor, ids: Tensor, mask: Tensor, drop: Tensor
+    ) -> Tensor:
+        """Losses of a micro-batch.
+
+        Args:
+            x0: (B, 3, H, W) images in [-1, 1].
+            noise: (B, 3, H, W) standard normal.
+            t: (B,) int64, steps 0..T-1.
+            ids: (B, S) int64 token ids.
+            mask: (B, S) bool, True = valid.
+            drop: (B,) bool, True = null condition.
+
+        Returns:
+            (B,) float32, mean squared error of each image's prediction.
+        """
+        context, mask = self.encoder.features(ids, mask)
+        x_t = self.process.q_sample(x0, t, noise)
+        mask = mask & ~drop.unsqueeze(1)
+        out = self.backbone(x_t, t, context, context_mask=mask)
+        return self.process.loss(out, x0, t, noise)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        captions: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        steps: int = 50,
+        guidance: float = 3.0,
+        batch: int = 64,
+        progress: Callable[[int], Any] | None = None,
+    ) -> Tensor:
+        """Draw one picture for each caption with DDIM.
+
+        Args:
+            captions: B captions.
+            seeds: B seeds; a picture depends on its own seed and caption alone.
+            steps: DDIM steps.
+            guidance: Scale of classifier-free guidance; 0 hides the captions.
+            batch: Pictures drawn at once.
+            progress: Called with the number of pictures that came.
+
+        Returns:
+            (B, 3, H, W) float32 in [-1, 1], on the CPU.
+        """
+        device = next(self.backbone.parameters()).device
+        height, width = self.backbone.config.image_size
+        pictures = []
+        training = self.training
+        self.eval()
+        for start in range(0, len(captions), batch):
+            part = slice(start, start + batch)
+            ids, mask = self.encoder.tokenize(list(captions[part]))
+            context, mask = self.encoder.features(ids.to(device), mask.to(device))
+            model = classifier_free(self.backbone, guidance, context=context, context_mask=mask)
+            x_T = initial_noise(seeds[part], (3, height, width), device)
+            pictures.append(sample_ddim(model, x_T, self.process, steps=steps).float().cpu())
+            if progress is not None:
+                progress(len(ids))
+        self.train(training)
+        return torch.cat(pictures).clamp(-1.0, 1.0)
