@@ -237,6 +237,43 @@ def test_seeded_noise_is_standard_normal_and_uncorrelated() -> None:
         assert abs(float((a * b).mean())) < 0.015
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "ancestral"])
+def test_a_torch_generator_decides_the_noise(sampler: str) -> None:
+    process = DiffusionProcess(schedule("cosine", 30))
+    x_T = initial_noise([0], (1, 2, 2))
+
+    def draw(seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        if sampler == "ancestral":
+            return sample_ancestral(gaussian(process), x_T, process, generator=generator)
+        return sample_ddim(gaussian(process), x_T, process, steps=5, eta=1.0, generator=generator)
+
+    first = draw(0)
+    torch.manual_seed(7)
+    assert torch.equal(draw(0), first)
+    assert not torch.equal(draw(1), first)
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_ancestral_adds_no_noise_on_the_last_step(variance: str) -> None:
+    process = DiffusionProcess(schedule("cosine", 30))
+    calls: list[int] = []
+
+    def noise(i: int, shape: tuple[int, ...]) -> Tensor:
+        calls.append(i)
+        return torch.zeros(shape)
+
+    x_T = initial_noise([0], (1, 2, 2))
+    sample_ancestral(
+        gaussian(process),
+        x_T,
+        process,
+        variance=variance,  # type: ignore[arg-type]
+        generator=noise,
+    )
+    assert calls == list(range(29))
+
+
 def test_clipping_keeps_pixels_in_range() -> None:
     process = DiffusionProcess(schedule("linear", 100), "x0")
 
