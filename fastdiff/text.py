@@ -139,7 +139,10 @@ class T5TextEncoder:
         # Where the tokenizer's files are absent, transformers makes one without a single word.
         tokens = set(self._tokenizer.get_vocab()) - set(self._tokenizer.get_added_vocab())
         if not tokens - set(self._tokenizer.all_special_tokens) - {"\u2581"}:
-            raise ValueError(f"T5TextEncoder: {source} has no tokenizer, or one without words")
+            raise ValueError(
+                f"T5TextEncoder: {source} has no tokenizer, or one without words "
+                "(spiece.model without tokenizer.json needs the sentencepiece package)"
+            )
         model, loading = loaded
         # transformers only logs these, and leaves such weights random.
         if loading["missing_keys"]:
