@@ -23,8 +23,12 @@ def group_norm_silu(
     if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         layout = torch.channels_last
     h = (x if skip is None else torch.cat([x, skip], 1)).to(dtype)
-    # Not F.group_norm: it refuses groups of one value, whose variance is plainly 0.
-    y = torch.group_norm(h, num_groups, weight.to(dtype), bias.to(dtype), eps)
+    weight, bias = weight.to(dtype), bias.to(dtype)
+    if 0 in x.shape[2:]:
+        y = h + (weight + bias)[:, None, None]  # no pixels; zero gradients for both
+    else:
+        # Not F.group_norm: it refuses groups of one value, whose variance is plainly 0.
+        y = torch.group_norm(h, num_groups, weight, bias, eps)
     if scale is not None and shift is not None:
         y = torch.addcmul(_image(shift, dtype), y, 1 + _image(scale, dtype))
     elif scale is not None:
