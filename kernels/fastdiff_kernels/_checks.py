@@ -10,7 +10,9 @@ _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Named = dict[str, Tensor | None]
 
 
-def dtype_of(op: str, activations: Named, parameters: Named) -> torch.dtype:
+def dtype_of(
+    op: str, activations: Named, parameters: Named, optional: Named | None = None
+) -> torch.dtype:
     """Check dtypes and devices of a call, and return the dtype it runs in and returns.
 
     That is the activations' one dtype; or under autocast the autocast dtype, to which `cast` brings
@@ -18,8 +20,9 @@ def dtype_of(op: str, activations: Named, parameters: Named) -> torch.dtype:
 
     Args:
         op: the op's name, for messages.
-        activations: by name; the first is never None.
+        activations: by name; all but the first may be None.
         parameters: by name.
+        optional: more parameters, which may be None.
 
     Raises:
         TypeError: not a tensor; not floating; activations that differ; a parameter of a third
@@ -44,9 +47,8 @@ def dtype_of(op: str, activations: Named, parameters: Named) -> torch.dtype:
                 "expected one dtype for all activations"
             )
     dtype = dtype if cast_to is None else cast_to
-    for name, tensor in parameters.items():
-        if tensor is None:
-            continue
+    given = {name: tensor for name, tensor in (optional or {}).items() if tensor is not None}
+    for name, tensor in (parameters | given).items():
         _check_tensor(op, name, tensor, first_name, device)
         if tensor.dtype is not dtype and tensor.dtype is not torch.float32:
             expected = f"{dtype}" if dtype is torch.float32 else f"{dtype} or torch.float32"
@@ -54,7 +56,7 @@ def dtype_of(op: str, activations: Named, parameters: Named) -> torch.dtype:
     return dtype
 
 
-def _check_tensor(op: str, name: str, tensor: Tensor, first: str, device: torch.device) -> None:
+def _check_tensor(op: str, name: str, tensor: object, first: str, device: torch.device) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} is {type(tensor).__name__}; expected a tensor")
     if tensor.dtype not in _FLOATING:

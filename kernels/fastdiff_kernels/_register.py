@@ -44,7 +44,7 @@ _entered: list[backend] = []
 _asked = _default
 
 
-class backend:  # noqa: N801  (used like torch.set_grad_enabled)
+class backend:
     """Choose the back end of every op: by a call for good, by a `with` for the block only.
 
     The choice is process-wide, as PyTorch's own kernel choices are, so it also holds in autograd's
@@ -493,7 +493,5 @@ def _define(
 def _plain(args: Sequence[Any]) -> bool:
     """Whether no argument is a fake tensor or another subclass that must see an operator."""
     return all(
-        type(a) is Tensor or type(a) is torch.nn.Parameter
-        for a in args
-        if isinstance(a, Tensor)
+        type(a) is Tensor or type(a) is torch.nn.Parameter for a in args if isinstance(a, Tensor)
     )

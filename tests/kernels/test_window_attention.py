@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastdiff_kernels import window_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from fastdiff_kernels import window_attention
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -327,7 +328,11 @@ BAD = [
     ({"qkv": [1.0]}, TypeError, "qkv is list; expected a tensor"),
     ({"bias_table": 0.0}, TypeError, "bias_table is float; expected a tensor"),
     ({"qkv": QKV.long()}, TypeError, r"qkv is torch.int64; expected float32"),
-    ({"bias_table": TABLE.half()}, TypeError, "bias_table is torch.float16; expected torch.float32"),
+    (
+        {"bias_table": TABLE.half()},
+        TypeError,
+        "bias_table is torch.float16; expected torch.float32",
+    ),
     ({"bias_table": TABLE.to("meta")}, ValueError, "bias_table is on meta and qkv on cpu"),
 ]
 

@@ -45,18 +45,9 @@ def _ffn_arguments(
     prefix: int = 0,
 ) -> tuple[Any, ...]:
     op = "dwconv_ffn"
-    dtype = _checks.dtype_of(
-        op,
-        {"x": x},
-        {
-            "fc1_weight": fc1_weight,
-            "fc1_bias": fc1_bias,
-            "conv_weight": conv_weight,
-            "conv_bias": conv_bias,
-            "fc2_weight": fc2_weight,
-            "fc2_bias": fc2_bias,
-        },
-    )
+    weights = {"fc1_weight": fc1_weight, "conv_weight": conv_weight, "conv_bias": conv_bias}
+    weights |= {"fc2_weight": fc2_weight}
+    dtype = _checks.dtype_of(op, {"x": x}, weights, {"fc1_bias": fc1_bias, "fc2_bias": fc2_bias})
     _check_grid(op, "x", x, grid, prefix)
     D = x.shape[2]
     _checks.check_rank(op, "fc1_weight", fc1_weight, "(C, D)")
@@ -68,8 +59,8 @@ def _ffn_arguments(
     _checks.check_shape(op, "fc2_weight", fc2_weight, (D, C))
     _checks.check_shape(op, "fc2_bias", fc2_bias, (D,))
     x = cast(Tensor, _checks.cast(x, dtype))
-    weights = (fc1_weight, fc1_bias, conv_weight, conv_bias, fc2_weight, fc2_bias)
-    return x, *weights, (grid[0], grid[1]), prefix
+    grid = (grid[0], grid[1])
+    return (x, fc1_weight, fc1_bias, conv_weight, conv_bias, fc2_weight, fc2_bias, grid, prefix)
 
 
 _GELU = _register.Op("dwconv_gelu", _gelu_arguments, reference.dwconv_gelu)

@@ -23,7 +23,7 @@ def _arguments(
     eps: float = 1e-5,
 ) -> tuple[Any, ...]:
     activations = {"x": x, "scale": scale, "shift": shift, "residual": residual, "gate": gate}
-    dtype = _checks.dtype_of(_NAME, activations, {"weight": weight, "bias": bias})
+    dtype = _checks.dtype_of(_NAME, activations, {}, {"weight": weight, "bias": bias})
     if x.ndim < 2 or x.shape[-1] == 0:
         raise ValueError(f"{_NAME}: x has shape {tuple(x.shape)}; expected (B, ..., C), C >= 1")
     B, C = x.shape[0], x.shape[-1]

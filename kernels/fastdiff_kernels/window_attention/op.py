@@ -22,7 +22,9 @@ def _arguments(
     pad_qkv: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Any, ...]:
-    dtype = _checks.dtype_of(_NAME, {"qkv": qkv}, {"bias_table": bias_table, "pad_qkv": pad_qkv})
+    dtype = _checks.dtype_of(
+        _NAME, {"qkv": qkv}, {}, {"bias_table": bias_table, "pad_qkv": pad_qkv}
+    )
     _checks.check_rank(_NAME, "qkv", qkv, "(B, H, W, 3*C)")
     _, H, W, C3 = qkv.shape
     if C3 == 0 or C3 % 3:
