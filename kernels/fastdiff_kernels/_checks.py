@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-Named = dict[str, Tensor | None]
+Named = Mapping[str, Tensor | None]
 
 
 def dtype_of(
@@ -47,16 +49,17 @@ def dtype_of(
                 "expected one dtype for all activations"
             )
     dtype = dtype if cast_to is None else cast_to
-    given = {name: tensor for name, tensor in (optional or {}).items() if tensor is not None}
-    for name, tensor in (parameters | given).items():
-        _check_tensor(op, name, tensor, first_name, device)
+    for name, given in (*parameters.items(), *(optional or {}).items()):
+        if given is None and name not in parameters:
+            continue
+        tensor = _check_tensor(op, name, given, first_name, device)
         if tensor.dtype is not dtype and tensor.dtype is not torch.float32:
             expected = f"{dtype}" if dtype is torch.float32 else f"{dtype} or torch.float32"
             raise TypeError(f"{op}: {name} is {tensor.dtype}; expected {expected}")
     return dtype
 
 
-def _check_tensor(op: str, name: str, tensor: object, first: str, device: torch.device) -> None:
+def _check_tensor(op: str, name: str, tensor: object, first: str, device: torch.device) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} is {type(tensor).__name__}; expected a tensor")
     if tensor.dtype not in _FLOATING:
@@ -65,6 +68,7 @@ def _check_tensor(op: str, name: str, tensor: object, first: str, device: torch.
         )
     if tensor.device != device:
         raise ValueError(f"{op}: {name} is on {tensor.device} and {first} on {device}")
+    return tensor
 
 
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -479,9 +479,7 @@ def kernel(
     return call
 
 
-def _define(
-    schema: str, name: str, impl: Callable[..., Any], fake: Callable[..., Any]
-) -> Callable[..., Any]:
+def _define(schema: str, name: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     # Exact strides: the kernels' layout follows their inputs', and the fake saw the traced ones.
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
     _LIBRARY.define(schema, tags=tags)

@@ -91,6 +91,7 @@ def group_norm_silu(
     end. A group of equal values gives its bias.
 
     Source: Group Normalization (Wu & He 2018); the scale-shift norm of ADM (Dhariwal & Nichol
-    2021), which ASCEND's ResBlocks use ("Exploring Vision Transformers as Diffusion Learners", B.2).
+    2021), which ASCEND's ResBlocks use ("Exploring Vision Transformers as Diffusion Learners",
+    B.2).
     """
     return cast(Tensor, _OP(x, weight, bias, num_groups, eps, scale, shift, skip, activation))

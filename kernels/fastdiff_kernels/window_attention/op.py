@@ -22,9 +22,8 @@ def _arguments(
     pad_qkv: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Any, ...]:
-    dtype = _checks.dtype_of(
-        _NAME, {"qkv": qkv}, {}, {"bias_table": bias_table, "pad_qkv": pad_qkv}
-    )
+    optional = {"bias_table": bias_table, "pad_qkv": pad_qkv}
+    dtype = _checks.dtype_of(_NAME, {"qkv": qkv}, {}, optional)
     _checks.check_rank(_NAME, "qkv", qkv, "(B, H, W, 3*C)")
     _, H, W, C3 = qkv.shape
     if C3 == 0 or C3 % 3:
@@ -94,7 +93,8 @@ def window_attention(
             neither of qkv's dtype nor float32.
         ValueError: qkv is not 4-dimensional, or its channels are not 3*C; heads does not divide C;
             window_size below 1; shift below 0 or not less than window_size; a bias_table or
-            pad_qkv of another shape; another pad_mode; pad_qkv with pad_mode "mask"; devices differ.
+            pad_qkv of another shape; another pad_mode; pad_qkv with pad_mode "mask"; devices
+            differ.
 
     Numerics: logits, softmax and sums in float32; one rounding, at the end. Deterministic.
 

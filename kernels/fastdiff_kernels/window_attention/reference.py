@@ -38,7 +38,7 @@ def window_attention(
     q, k, v = x.reshape(3, B, m * n, heads, h * w, d).unbind(0)
     scores = (q * scale) @ k.transpose(-1, -2)
 
-    # Bias and mask first become one small tensor, (m*n or 1, N, h*w, h*w), so the scores see one add.
+    # Bias and mask first become one small tensor, (m*n or 1, N, h*w, h*w): one add to the scores.
     added = None
     if bias_table is not None:
         index = _relative_index(h, w, qkv.device)
