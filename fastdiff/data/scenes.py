@@ -346,8 +346,9 @@ class SceneJudge:
             raise ValueError(
                 f"SceneJudge: pictures {tuple(pictures.shape)}; expected (B, 3, {r}, {r})"
             )
-        parts = [self._distances(part) for part in pictures.split(64)]
-        return torch.cat(parts) if parts else torch.empty(0, len(CAPTIONS))
+        if len(pictures) == 0:
+            return torch.empty(0, len(CAPTIONS))
+        return torch.cat([self._distances(part) for part in pictures.split(64)])
 
     def _distances(self, pictures: torch.Tensor) -> torch.Tensor:
         x = pictures.detach().float().cpu()

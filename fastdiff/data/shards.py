@@ -137,7 +137,8 @@ def load_index(path: Path) -> ShardIndex:
     stored = path.with_name(path.name + INDEX_SUFFIX)
     stamp = _stamp(path)
     try:
-        with np.load(stored, allow_pickle=False) as file:
+        # Opened here, as NumPy leaves the file open when it is no archive.
+        with open(stored, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             if np.array_equal(file["stamp"], stamp) and file["rows"].dtype == _ROW:
                 return ShardIndex(file["keys"], file["rows"])
     # Absent, or not an index: made anew.
