@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "fastdiff.metrics": set(),
     "fastdiff.text": set(),
     "fastdiff.clip": set(),
+    "fastdiff.grid": set(),
     "fastdiff.training": {
         "fastdiff.models",
         "fastdiff.nn",
@@ -34,6 +35,7 @@ MAY_IMPORT = {
         "fastdiff.diffusion",
         "fastdiff.data",
         "fastdiff.text",
+        "fastdiff.grid",
         "fastdiff.metrics",
         "fastdiff.recipes",
     },
