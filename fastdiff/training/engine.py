@@ -9,6 +9,7 @@ import contextlib
 import logging
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -304,16 +305,20 @@ def start() -> tuple[int, int, torch.device]:
     if not under_launcher():
         return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls names that newer PyTorch deprecates
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    deepspeed.init_distributed(verbose=False)
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
+        # else DeepSpeed compiles a shared-memory all-reduce at start, for a minute; gloo will do
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         device = torch.device("cpu")
     else:
         device = torch.device(accelerator.device_name(), int(os.environ.get("LOCAL_RANK", 0)))
         accelerator.set_device(device.index)
+    deepspeed.init_distributed(verbose=False)
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
 
 

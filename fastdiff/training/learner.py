@@ -128,7 +128,9 @@ class Learner(nn.Module):
             part = slice(start, start + batch)
             ids, mask = self.encoder.tokenize(list(captions[part]))
             context, mask = self.encoder.features(ids.to(device), mask.to(device))
-            model = classifier_free(self.backbone, guidance, context=context, context_mask=mask)
+            model: Callable[[Tensor, Tensor], Tensor] = self.backbone
+            if guidance != 0:
+                model = classifier_free(self.backbone, guidance, context=context, context_mask=mask)
             x_T = initial_noise(seeds[part], (3, height, width), device)
             pictures.append(sample_ddim(model, x_T, self.process, steps=steps).float().cpu())
             if progress is not None:
