@@ -7,7 +7,6 @@ callable: a plain `autograd.Function` in eager mode, a registered operator where
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -218,38 +217,49 @@ class Op:
         if name == "triton" and device != "cuda" and not interprets:
             cure = "" if _INTERPRETS else "; TRITON_INTERPRET=1 lets it take cpu tensors"
             return f"it runs on cuda tensors, and these are on {device}{cure}"
-        absent = _absent(name) or self._load(name)
+        absent = _absent(name) or _load(self.name, name)
         if absent:
             return absent
         supports = self._backends[name].supports
         return None if supports is None else supports(*form)
 
-    def _load(self, name: str) -> str:
-        if self._backends[name].call is not None:
-            return ""
-        return _import(self.name, name)
+
+_absences: dict[str, str] = {}
 
 
-# torch.compile runs the next two while tracing and keeps their answers, which do not change in a
-# process; it cannot trace an import.
-@torch.compiler.assume_constant_result
-@functools.cache
+def _constant(function: Callable[..., str]) -> Callable[..., str]:
+    """Let torch.compile run a function while tracing and keep its answer, which never changes.
+
+    What torch.compiler.assume_constant_result does, without the 1.5 s that its import takes.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant  # it could trace neither an import nor functools.cache
 def _absent(name: str) -> str:
     """Why a back end cannot run on this machine at all, or an empty string."""
-    if name == "native":
-        native = importlib.import_module("fastdiff_kernels._native")
-        return native.why_absent() or ""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed: pip install triton"
-    return ""
+    if name not in _absences:
+        why: str | None = None
+        if name == "native":
+            why = importlib.import_module("fastdiff_kernels._native").why_absent()
+        elif importlib.util.find_spec("triton") is None:
+            why = "triton is not installed: pip install triton"
+        _absences[name] = why or ""
+    return _absences[name]
 
 
-@torch.compiler.assume_constant_result
-def _import(op: str, name: str) -> str:
+@_constant
+def _load(op: str, name: str) -> str:
+    """Import the module of a back end that was registered by its module's name; no reason not to.
+
+    In here even the look whether it is loaded: torch.compile would keep what it saw before.
+    """
     entry = _OPS[op]._backends[name]
-    assert entry.module is not None
-    module = importlib.import_module(entry.module)
-    entry.call, entry.supports = module.call, module.supports
+    if entry.call is None:
+        assert entry.module is not None
+        module = importlib.import_module(entry.module)
+        entry.supports, entry.call = module.supports, module.call
     return ""
 
 
