@@ -86,9 +86,9 @@ def _load(library: Path) -> str | None:
     try:
         torch.ops.load_library(os.fspath(library))
     except OSError as error:
-        why = error.__cause__ or error  # torch's own message names only the file
+        cause = error.__cause__ or error  # torch's own message names only the file
         return (
-            f"the compiled CPU kernels do not load with torch {torch.__version__}: {why}. {_CURE}"
+            f"the compiled CPU kernels do not load with torch {torch.__version__}: {cause}. {_CURE}"
         )
     torch.ops.fastdiff_native.cpu_level()  # settles the level now, so that a bad override is told
     return None
