@@ -475,16 +475,25 @@ def kernel(
     Function.__name__ = Function.__qualname__ = name
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not _plain(args):
-            results = operator(*args)
-            if len(spec.results) == 1:
-                return results
-            return results[0] if returned == 1 else tuple(results[:returned])
-        given = [args[at] for at in tensor_at if args[at] is not None]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        if torch.compiler.is_compiling():
+            return visible(operator(*args))
+        traced, needs = is_in_torch_dispatch_mode(), False
+        for at in tensor_at:
+            tensor = args[at]
+            if tensor is not None:
+                # A subclass (fake tensors, say) must see an operator.
+                traced = traced or type(tensor) not in (Tensor, torch.nn.Parameter)
+                needs = needs or tensor.requires_grad
+        if traced:
+            return visible(operator(*args))
+        if needs and torch.is_grad_enabled():
             return Function.apply(*args)
-        results = run(*args)
-        return results[0] if returned == 1 else results[:returned]
+        return visible(run(*args))
+
+    def visible(results: Any) -> Any:
+        if isinstance(results, Tensor):
+            return results
+        return results[0] if returned == 1 else tuple(results[:returned])
 
     return call
 
@@ -496,10 +505,3 @@ def _define(schema: str, name: str, impl: Callable[..., Any], fake: Callable[...
     _LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastdiff::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.fastdiff, name).default
-
-
-def _plain(args: Sequence[Any]) -> bool:
-    """Whether no argument is a fake tensor or another subclass that must see an operator."""
-    return all(
-        type(a) is Tensor or type(a) is torch.nn.Parameter for a in args if isinstance(a, Tensor)
-    )

@@ -305,21 +305,32 @@ def test_asked_for_back_end_that_is_absent_raises():
         group_norm_silu(x, ones, ones, num_groups=2)
 
 
-@pytest.mark.parametrize("name", sorted(set(fastdiff_kernels.__all__) & set(_register._OPS)))
+IMAGE, TOKENS, C = torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 4), torch.ones(4)
+CALLS = {
+    "window_attention": ((torch.zeros(1, 4, 4, 12), None), {"heads": 2, "window_size": 2}),
+    "dwconv_gelu": ((TOKENS, torch.zeros(4, 1, 3, 3), C), {"grid": (2, 2)}),
+    "dwconv_ffn": (
+        (TOKENS, torch.eye(4), C, torch.zeros(4, 1, 3, 3), C, torch.eye(4), C),
+        {"grid": (2, 2)},
+    ),
+    "group_norm_silu": ((IMAGE, C, C), {"num_groups": 2}),
+    "layer_norm_modulate": ((TOKENS,), {}),
+}
+
+
+@pytest.mark.parametrize("name", sorted(_register._OPS))
 def test_every_op_explains_itself(name):
-    x = torch.randn(1, 4, 2, 2)
-    if name != "group_norm_silu":
-        assert _register._OPS[name].name == getattr(fastdiff_kernels, name).__name__
-        return
-    for given in (name, getattr(fastdiff_kernels, name)):
-        told = explain(given, x, torch.ones(4), torch.ones(4), num_groups=2)
-        assert told.op == name
-        assert told.backend in ("reference", "native")
-        assert set(told.reasons) == {"reference", "native", "triton"} - {told.backend}
-        assert all(told.reasons.values())
-        assert f"{name} takes {told.backend} (asked for: auto)" in str(told)
-    with pytest.raises(ValueError, match="num_groups=3 does not divide C=4"):
-        explain(name, x, torch.ones(4), torch.ones(4), num_groups=3)
+    public = getattr(fastdiff_kernels, name)
+    args, kwargs = CALLS[name]
+    told = explain(public, *args, **kwargs)
+    assert told == explain(name, *args, **kwargs)
+    assert (told.op, told.asked) == (name, "auto")
+    assert told.backend in ("reference", "native")
+    assert set(told.reasons) == {"reference", "native", "triton"} - {told.backend}
+    assert all(told.reasons.values())
+    assert str(told).startswith(f"{name} takes {told.backend} (asked for: auto)\n  not triton: ")
+    with pytest.raises(TypeError, match=f"^{name}: .* expected a tensor"):
+        explain(public, 1, *args[1:], **kwargs)
 
 
 def test_explain_unknown_op():
