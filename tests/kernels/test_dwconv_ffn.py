@@ -150,6 +150,13 @@ def test_autocast_runs_in_its_dtype():
     assert z.grad.dtype is torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounds_once(dtype):
+    inputs = [t.to(dtype) for t in make(2, (5, 4), 1, 6)]
+    exact = dwconv_gelu(*(t.float() for t in inputs), grid=(5, 4), prefix=1)
+    assert torch.equal(dwconv_gelu(*inputs, grid=(5, 4), prefix=1), exact.to(dtype))
+
+
 def test_only_what_requires_grad_gets_one():
     z, weight, bias = make(1, (3, 4), 1, 6)
     dwconv_gelu(z, weight, bias.requires_grad_(), grid=(3, 4), prefix=1).sum().backward()

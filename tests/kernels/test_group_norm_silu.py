@@ -145,6 +145,13 @@ def test_autocast_runs_in_its_dtype_with_float32_statistics():
     assert x.grad.dtype is torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounds_once(dtype):
+    inputs = [t.to(dtype) for t in make(2, 8, 4, 5, 7)]
+    exact = call_with(4)(*(t.float() for t in inputs))
+    assert torch.equal(call_with(4)(*inputs), exact.to(dtype))
+
+
 def test_only_what_requires_grad_gets_one():
     inputs = make(1, 4, 2, 3, 3)
     inputs[3].requires_grad_()

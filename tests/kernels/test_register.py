@@ -333,6 +333,22 @@ def test_every_op_explains_itself(name):
         explain(public, 1, *args[1:], **kwargs)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+@pytest.mark.parametrize("name", sorted(_register._OPS))
+def test_every_op_in_inductor(name, differentiate):
+    torch._dynamo.reset()
+    args, kwargs = CALLS[name]
+    tensors = [torch.randn(t.shape, requires_grad=True) for t in args if t is not None]
+
+    def call(*tensors):
+        return getattr(fastdiff_kernels, name)(*tensors, *args[len(tensors) :], **kwargs)
+
+    got = differentiate(torch.compile(call, fullgraph=True), tensors)
+    for a, b in zip(got, differentiate(call, tensors), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_explain_unknown_op():
     with pytest.raises(ValueError, match="explain: unknown op 'conv2d'; expected one of"):
         explain("conv2d")
