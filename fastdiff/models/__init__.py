@@ -64,7 +64,8 @@ def from_pretrained(folder: str | os.PathLike[str]) -> Backbone:
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / file).is_file():
             raise FileNotFoundError(
-                f"from_pretrained: no {file} in {path}; expected a folder that save_pretrained wrote"
+                f"from_pretrained: no {file} in {path}; expected a folder written by "
+                "save_pretrained"
             )
     values = json.loads((path / CONFIG_FILE).read_text())
     kind = values.pop("model", None)

@@ -126,7 +126,7 @@ class Block(nn.Module):
         text: tuple[Tensor, Tensor] | None,
         skip: Tensor | None = None,
     ) -> Tensor:
-        """x, skip (B, L, D); text = context (B, S, width) and its mask (B, S). Returns (B, L, D)."""
+        """x, skip (B, L, D); text = context (B, S, width), mask (B, S). Returns (B, L, D)."""
         if self.skip_linear is not None and skip is not None:
             # Linear(cat(x, skip)) as two products, so that the concatenation is never written
             dim, weight = x.shape[2], self.skip_linear.weight

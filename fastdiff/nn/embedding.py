@@ -1,6 +1,7 @@
 """Embeddings of time step, patches, positions, labels and text.
 
-Letters: B batch, C channels, H W pixels, h w patches, p patch size, D width, L tokens, S text positions.
+Letters: B batch, C channels, H W pixels, h w patches, p patch size, D width, L tokens,
+S text positions.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ class LabelEmbedding(nn.Embedding):
         self.num_classes = num_classes
         nn.init.trunc_normal_(self.weight, std=0.02)
 
-    def forward(self, y: Tensor | None, batch: int = 1) -> Tensor:  # type: ignore[override]
+    def forward(self, y: Tensor | None, batch: int = 1) -> Tensor:
         """(B,) int64 in 0..num_classes to (B, dim); None is the null label for all."""
         if y is None:
             y = torch.full((batch,), self.num_classes, device=self.weight.device)
@@ -179,9 +180,9 @@ class LabelEmbedding(nn.Embedding):
 class TextCondition(nn.Module):
     """Text features with a learned null condition, and their pooled vector.
 
-    A row whose mask is all False has no text: `null_context` takes its first position, alone valid,
-    and `null_pooled` is its pooled vector. So dropping a condition at training and leaving it out at
-    sampling are the same tensors, and attention never meets a row without a key.
+    A row whose mask is all False has no text: `null_context` takes its first position, alone
+    valid, and `null_pooled` is its pooled vector. So dropping a condition at training and leaving
+    it out at sampling are the same tensors, and attention never meets a row without a key.
 
     Args:
         width: Width of the text encoder (1024 for t5-11b, 4096 for t5-v1_1-xxl).

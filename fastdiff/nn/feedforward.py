@@ -56,7 +56,7 @@ class DWConvFFN(nn.Module):
             self.fc1.weight,
             self.fc1.bias,
             self.conv.weight,
-            self.conv.bias,
+            self.conv.bias,  # type: ignore[arg-type]
             self.fc2.weight,
             self.fc2.bias,
             grid=grid,

@@ -38,7 +38,7 @@ class SkipConnection(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """x (B, C1, H, W), skip (B, C2, H, W) or None, to (B, C, H, W)."""
         if skip is None:
             return super().forward(x)
@@ -91,7 +91,8 @@ class ResBlock(nn.Module):
             raise ValueError(f"ResBlock: resample={resample!r}, expected one of {list(kinds)}")
         if skip_channels and resample != "none":
             raise ValueError(
-                f"ResBlock: resample={resample!r} with skip_channels={skip_channels}, expected 'none'"
+                f"ResBlock: resample={resample!r} with skip_channels={skip_channels}, expected "
+                "'none'"
             )
         total = in_channels + skip_channels
         self.resample = kinds[resample]()

@@ -104,9 +104,11 @@ class SwinLayer(nn.Module):
         """x (B, H, W, C), emb (B, E), context (B, S, width), context_mask (B, S): (B, H, W, C)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(emb)).chunk(6, dim=1)
         h, _ = self.norm1(x, scale=scale1, shift=shift1)
-        h, gate = self.dropout(self.attn(h)), gate1
+        h = self.dropout(self.attn(h))
+        gate: Tensor | None = gate1
         if self.cross is not None:
-            h, x, gate = *self.cross(h, x, gate, context, context_mask), None
+            h, x = self.cross(h, x, gate, context, context_mask)
+            gate = None  # the branch of the cross-attention has none
         h, x = self.norm2(h, residual=x, gate=gate, scale=scale2, shift=shift2)
         h = self.dropout(self.ffn(h.flatten(1, 2), x.shape[1:3]).view_as(x))
         return torch.addcmul(x, gate2[:, None, None, :], h)

@@ -1,7 +1,7 @@
 """Checkpoints of a run: written aside, then put in place by one rename.
 
     RUN/checkpoints/step-00000500/
-        manifest.json      step, world size, sizes of all files; written last
+        manifest.json      step, ranks, fingerprint of the data, sizes of all files; written last
         recipe.yaml        the run's resolved recipe
         ema.safetensors    float32 averaged weights
         trainer.safetensors or zero/    weights and optimiser state, as the engine writes them
@@ -30,7 +30,9 @@ _MANIFEST = "manifest.json"
 EMA_FILE = "ema.safetensors"
 
 
-def save_checkpoint(run: Path, step: int, recipe: Recipe, engine: Engine, ema: EMA | None) -> None:
+def save_checkpoint(
+    run: Path, step: int, recipe: Recipe, engine: Engine, ema: EMA | None, *, data: str
+) -> None:
     """Write a checkpoint of `step` optimiser steps; collective. Older ones beyond `keep` go.
 
     Args:
@@ -39,6 +41,7 @@ def save_checkpoint(run: Path, step: int, recipe: Recipe, engine: Engine, ema: E
         recipe: The run's.
         engine: Writes weights and optimiser state.
         ema: The average, on rank 0.
+        data: Fingerprint of the data set.
     """
     root = run / "checkpoints"
     final, partial = root / f"step-{step:08d}", root / f".partial-{step:08d}"
@@ -55,7 +58,7 @@ def save_checkpoint(run: Path, step: int, recipe: Recipe, engine: Engine, ema: E
         save(recipe, partial / "recipe.yaml")
         files = sorted(p for p in partial.rglob("*") if p.is_file())
         sizes = {str(p.relative_to(partial)): p.stat().st_size for p in files}
-        manifest = {"step": step, "world": engine.world, "files": sizes}
+        manifest = {"step": step, "world": engine.world, "data": data, "files": sizes}
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         for file in (*files, partial / _MANIFEST):
             _sync(file)

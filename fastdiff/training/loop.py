@@ -208,7 +208,14 @@ class Trainer:
             )
 
     def _save(self) -> None:
-        save_checkpoint(self.run_folder, self.step, self.recipe, self.engine, self.ema)
+        save_checkpoint(
+            self.run_folder,
+            self.step,
+            self.recipe,
+            self.engine,
+            self.ema,
+            data=self.dataset.fingerprint,
+        )
         self.saved_at = self.step
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -267,6 +274,11 @@ class Trainer:
         manifest = read_manifest(checkpoint)
         assert manifest is not None, "it was whole when it was chosen"
         self.step = int(manifest["step"])
+        if self.rank == 0 and manifest["data"] != self.dataset.fingerprint:
+            log.warning(
+                "%s was trained on other data than %s holds now; the run goes on with these",
+                *(checkpoint, self.recipe.data.path),
+            )
         if self.rank == 0:
             log.info("continuing from step %d (%s)", self.step, checkpoint)
 
