@@ -4,7 +4,8 @@
     python train/sample.py --run runs/demo "a green cross on a white background at the top left"
     python train/sample.py --run runs/demo --prompts-file prompts.txt --count 4 --guidance 3
 
-Writes a PNG grid, the prompt under each picture, from the averaged weights of the newest checkpoint.
+Writes a PNG grid, the prompt under each picture, drawn with the averaged weights of the newest
+checkpoint.
 """
 
 from __future__ import annotations

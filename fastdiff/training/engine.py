@@ -192,7 +192,8 @@ class PlainEngine:
             for name, parameter in named.items():
                 parameter.copy_(tensors[f"weight/{name}"])
         for name in trained:
-            state = {key: tensors[f"{key}/{name}"] for key in keys}
+            # copies: what safetensors returns lies in the mapped file
+            state = {key: tensors[f"{key}/{name}"].clone() for key in keys}
             # PyTorch keeps the step counter of an unfused AdamW on the CPU
             if self.optimizer.param_groups[0]["fused"] is not True:
                 state["step"] = state["step"].cpu()
