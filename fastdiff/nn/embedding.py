@@ -122,20 +122,23 @@ class PatchEmbed(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """One learned vector per token, extra tokens first; truncated normal, deviation 0.02.
+    """One learned vector per token, extra tokens first.
 
     Args:
         prefix: Number of tokens in front that are not patches.
         grid: (h, w) of the patches.
         dim: D.
         resize: Interpolate the patch part bicubically for another grid. Off, another grid raises.
+        std: Deviation of the truncated normal it starts from.
     """
 
-    def __init__(self, prefix: int, grid: tuple[int, int], dim: int, *, resize: bool) -> None:
+    def __init__(
+        self, prefix: int, grid: tuple[int, int], dim: int, *, resize: bool, std: float = 0.02
+    ) -> None:
         super().__init__()
         self.prefix, self.grid, self.resize = prefix, grid, resize
         self.table = nn.Parameter(torch.empty(1, prefix + grid[0] * grid[1], dim))
-        nn.init.trunc_normal_(self.table, std=0.02)
+        nn.init.trunc_normal_(self.table, std=std)
 
     def forward(self, grid: tuple[int, int]) -> Tensor:
         """The embedding (1, prefix + h w, D) for a grid of patches.
