@@ -48,8 +48,10 @@ class IUViTConfig:
         context_dim: Width of the text encoder, None without text.
         num_classes: Number of labels, None without labels.
         resize_positions: Interpolate position embeddings for other image sizes.
-        init_std: Deviation of the truncated normal that starts Linears and position embeddings.
-            U-ViT's 0.02 suits D of 512 and more; a narrow model learns sooner from about 1/sqrt(D).
+        init_std: Deviation of the truncated normal that Linears start from. U-ViT's 0.02 suits D
+            of 512 and more; a narrow model learns sooner from about 1/sqrt(D).
+        position_std: The same for position embeddings. 0.02 in U-ViT, where it takes thousands of
+            steps until they count beside the patches; about 1 tells places apart from the start.
     """
 
     image_size: int | tuple[int, int] = 32
@@ -66,6 +68,7 @@ class IUViTConfig:
     num_classes: int | None = None
     resize_positions: bool = False
     init_std: float = 0.02
+    position_std: float = 0.02
 
     def __post_init__(self) -> None:
         if isinstance(self.image_size, int):
@@ -173,7 +176,7 @@ class IUViT(Backbone):
             self.text = TextCondition(config.context_dim)
             self.time_text = nn.Linear(dim + config.context_dim, dim)
         self.positions = PositionEmbedding(
-            self.prefix, grid, dim, resize=config.resize_positions, std=config.init_std
+            self.prefix, grid, dim, resize=config.resize_positions, std=config.position_std
         )
         half = config.layers // 2
         self.in_blocks = nn.ModuleList(Block(config) for _ in range(half))
