@@ -53,9 +53,17 @@ def main() -> None:
                 "img2dataset writes them, or images and a metadata.jsonl)"
             )
         recipe = embedded_data(recipe)
-    from fastdiff.training.loop import train
+    from fastdiff.data.stream import BadSampleError
+    from fastdiff.training.loop import make_trainer
 
-    train(recipe)
+    try:
+        trainer = make_trainer(recipe)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"train/t2i.py: {error}")
+    try:
+        trainer.run()
+    except (BadSampleError, FloatingPointError) as error:
+        sys.exit(f"train/t2i.py: {error}")
 
 
 if __name__ == "__main__":

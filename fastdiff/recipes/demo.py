@@ -19,11 +19,20 @@ from fastdiff.training.config import (
 )
 
 RECIPE = Recipe(
-    model=IUViTConfig(image_size=32, patch_size=4, dim=128, layers=5, head_dim=32, context_dim=128),
+    model=IUViTConfig(
+        image_size=32,
+        patch_size=4,
+        dim=128,
+        layers=5,
+        head_dim=32,
+        context_dim=128,
+        init_std=0.07,
+        position_std=1.0,
+    ),
     text=TextConfig(encoder="small", width=128, layers=1, max_length=24),
     data=DataConfig(workers=1),
-    diffusion=DiffusionConfig(schedule="cosine", prediction="v"),
-    optim=OptimConfig(lr=1e-3, betas=(0.9, 0.99), warmup=100, decay="cosine", clip=1.0),
+    diffusion=DiffusionConfig(schedule="linear", prediction="v"),
+    optim=OptimConfig(lr=3e-3, betas=(0.9, 0.99), warmup=100, decay="cosine", clip=1.0),
     train=TrainConfig(
         out="runs/demo",
         batch_size=64,

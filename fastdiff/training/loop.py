@@ -61,10 +61,19 @@ def train(recipe: Recipe) -> Path:
         FloatingPointError: The loss stayed non-finite.
         Interrupted: Ctrl-C (exit status 130), SIGTERM or SIGUSR1 (0), after a checkpoint.
     """
+    return make_trainer(recipe).run()
+
+
+def make_trainer(recipe: Recipe) -> Trainer:
+    """Join the process group under a launcher, and open everything that a run needs.
+
+    Raises:
+        FileNotFoundError, ValueError: No data, or a folder with a run of another model.
+    """
     rank, world, device = engines.start()
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
-    return Trainer(recipe, rank, world, device).run()
+    return Trainer(recipe, rank, world, device)
 
 
 class Trainer:

@@ -60,7 +60,7 @@ def ema_of(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_command_of_the_readme(tmp_path):
-    """Bare `deepspeed train/t2i.py` makes its data, trains, and says how to train the real model."""
+    """`deepspeed train/t2i.py` makes its data and trains, ZeRO 1 over two ranks."""
     script = str(ROOT / "train" / "t2i.py")
     launch(tmp_path, script, "--config", "demo", "--train.max-steps", "20")
     run = tmp_path / "runs" / "demo"
