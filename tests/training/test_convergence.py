@@ -32,7 +32,7 @@ MODELS = {
         context_dim=64,
     ),
 }
-STEPS = {"iuvit": 700, "ascend": 500}
+STEPS = {"iuvit": 1000, "ascend": 400}
 
 
 @pytest.mark.parametrize("family", list(MODELS))
