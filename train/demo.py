@@ -45,6 +45,24 @@ def learning_curve(run: Path) -> Path:
     return run / "learning_curve.png"
 
 
+def table(found: dict[str, scenes.Agreement]) -> str:
+    """What the judge saw, for people."""
+    lines = [
+        "",
+        "What fresh pictures show, as named by the nearest rendering of any of the 360 captions:",
+        "",
+        f"{'':17s} pictures  all four right (95 % interval)  shape  colour  background  place",
+    ]
+    for title, a in found.items():
+        joint = f"{a.joint:.1%} ({a.interval[0]:.1%} to {a.interval[1]:.1%})"
+        lines.append(
+            f"{title:17s} {a.n:8d}  {joint:>30s}  {a.shape:5.0%}  {a.colour:6.0%}"
+            f"  {a.background:10.0%}  {a.place:5.0%}"
+        )
+    chance = f"{'0.3%':>30s}  {'25%':>5s}  {'17%':>6s}  {'33%':>10s}  {'20%':>5s}"
+    return "\n".join([*lines, f"{'chance':26s}  {chance}"])
+
+
 def main() -> None:
     """Train, draw 16 prompts, judge fresh pictures, write what was found."""
     started = time.perf_counter()
@@ -85,10 +103,8 @@ def main() -> None:
     }
     curve = learning_curve(run)
 
-    print("\nFresh guided pictures from averaged weights, named by the nearest rendering:")
-    for title, agreement in found.items():
-        print(f"  {title:17s} {agreement}")
-    print(f"Pictures: {run / 'samples.png'}\nLearning curve: {curve}")
+    print(table(found))
+    print(f"\nPictures: {run / 'samples.png'}\nLearning curve: {curve}")
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes in all")
     report = {title: asdict(agreement) for title, agreement in found.items()}
     (run / "agreement.json").write_text(json.dumps(report, indent=2) + "\n")

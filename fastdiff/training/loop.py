@@ -130,7 +130,8 @@ class Trainer:
         if self.rank == 0:
             self.run_folder.mkdir(parents=True, exist_ok=True)
             save(self.recipe, self.run_folder / "recipe.yaml")
-        watch = Watch(self.recipe, self.step) if self.rank == 0 else None
+        left = recipe.max_steps - self.step
+        watch = Watch(self.recipe, self.step) if self.rank == 0 and left > 0 else None
         before = {s: signal.getsignal(s) for s in _SIGNALS}
         try:
             for number in _SIGNALS:
