@@ -320,6 +320,12 @@ class SmallTextEncoder(nn.Module):
         config = SmallTextConfig(width=width, layers=layers, heads=heads, max_length=max_length)
         return cls(_word_tokenizer(captions, max_words), config)
 
+    def fresh(self) -> SmallTextEncoder:
+        """Another encoder of these sizes and this vocabulary, with new weights on the CPU."""
+        return SmallTextEncoder(
+            type(self._tokenizer).from_str(self._tokenizer.to_str()), self.config
+        )
+
     @property
     def name(self) -> str:
         """Sizes and a digest of the vocabulary. The weights are not in it: they are in training."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from fastdiff.data import scenes
 from fastdiff.training.cli import parse_recipe
 
-# Lowest joint agreement of three seeds less 5 points, and 60 % at least.
+# Joint agreement below which the demonstration counts as failed.
 GATES = {"demo": 0.60, "demo_ascend": 0.60}
 CONTROL_LIMIT = 0.05
 TRAINED, HELD_OUT, CONTROL = 150, 60, 100
@@ -79,10 +79,14 @@ def main() -> None:
         sys.exit(code)
 
     from fastdiff.grid import picture_grid
+    from fastdiff.training.checkpoint import progress_of
     from fastdiff.training.loop import load_run
 
-    run = Path(recipe.train.out)
+    run, wanted = Path(recipe.train.out), recipe.train.max_steps
     learner, recipe = load_run(run)
+    made = progress_of(run).step
+    if made < wanted:
+        sys.exit(f"stopped at step {made} of {wanted}; the same command continues from there")
     sample = recipe.sample
 
     def draw(captions: list[str], first_seed: int, guidance: float) -> scenes.Agreement:

@@ -54,12 +54,17 @@ def main() -> None:
     from fastdiff.grid import picture_grid
     from fastdiff.training.loop import load_run
 
+    if options.count < 1 or options.seed < 0 or (options.guidance or 0) < 0:
+        sys.exit("train/sample.py: --count must be at least 1, --seed and --guidance at least 0")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         learner, recipe = load_run(options.run, device)
         prompts = list(options.prompts)
         if options.prompts_file is not None:
             prompts += [x for x in options.prompts_file.read_text().splitlines() if x.strip()]
+        steps = recipe.sample.steps if options.steps is None else options.steps
+        if not 1 <= steps <= recipe.diffusion.steps:
+            raise ValueError(f"--steps {steps}, expected 1 to {recipe.diffusion.steps}")
     except (OSError, ValueError) as error:
         sys.exit(f"train/sample.py: {error}")
     captions = [p for p in prompts or recipe.sample.prompts for _ in range(options.count)]
@@ -69,7 +74,7 @@ def main() -> None:
         pictures = learner.draw(
             captions,
             range(options.seed, options.seed + len(captions)),
-            steps=options.steps or recipe.sample.steps,
+            steps=steps,
             guidance=recipe.sample.guidance if options.guidance is None else options.guidance,
             progress=bar.update,
         )

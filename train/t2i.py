@@ -52,17 +52,20 @@ def main() -> None:
                 f"train/t2i.py: recipe {name} needs data: --data.path FOLDER (tar shards as "
                 "img2dataset writes them, or images and a metadata.jsonl)"
             )
-        recipe = embedded_data(recipe)
+        try:
+            recipe = embedded_data(recipe)
+        except OSError as error:
+            sys.exit(f"train/t2i.py: {error}")
     from fastdiff.data.stream import BadSampleError
     from fastdiff.training.loop import make_trainer
 
     try:
         trainer = make_trainer(recipe)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"train/t2i.py: {error}")
     try:
         trainer.run()
-    except (BadSampleError, FloatingPointError) as error:
+    except (BadSampleError, FloatingPointError, OSError) as error:
         sys.exit(f"train/t2i.py: {error}")
 
 

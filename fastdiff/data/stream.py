@@ -285,10 +285,12 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _ignore_interrupt(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the training process decides what it means, and
-    # needs its workers to reach the end of the step and save.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_signals(worker: int) -> None:
+    # A terminal, a launcher and a scheduler signal every process of a job; the training process
+    # decides what it means, and needs its workers to reach the end of the step and save. Workers
+    # whose parent is gone end by themselves.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def make_loader(
@@ -325,7 +327,7 @@ def make_loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_ignore_signals,
         # A worker that hangs (a dead network mount) must not hang the run.
         timeout=600 if num_workers else 0,
         # The loader draws a seed for its workers; without its own generator it would take it from

@@ -102,7 +102,7 @@ def linear_schedule(steps: int = 1000) -> NoiseSchedule:
     Raises:
         ValueError: steps is below 21.
 
-    Source: DDPM, section 4; the paper's unconditional IU-ViT runs (Table 5).
+    Source: DDPM, section 4; all of the paper's IU-ViT runs (Table 5).
     """
     if steps < 21:
         raise ValueError(f"linear_schedule: steps must be at least 21, got {steps}")
@@ -123,7 +123,7 @@ def cosine_schedule(steps: int = 1000) -> NoiseSchedule:
     Raises:
         ValueError: steps is below 1.
 
-    Source: Nichol and Dhariwal 2021, Eq. 17; ASCEND and the text-to-image runs (Tables 5 and 6).
+    Source: Nichol and Dhariwal 2021, Eq. 17; all of the paper's ASCEND runs (Table 6).
     """
     if steps < 1:
         raise ValueError(f"cosine_schedule: steps must be at least 1, got {steps}")

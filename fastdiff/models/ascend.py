@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastdiff.models.backbone import Backbone, check_choice, check_image
+from fastdiff.models.backbone import Backbone, check_choice, check_image, check_positive
 from fastdiff.models.decoders import ConvDecoder
 from fastdiff.models.encoders import SwinEncoder
 from fastdiff.nn import (
@@ -75,6 +75,13 @@ class ASCENDConfig:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
         object.__setattr__(self, "attention_resolutions", tuple(self.attention_resolutions))
         check_choice("ASCENDConfig", "ffn", self.ffn, FFN)
+        check_positive(
+            "ASCENDConfig",
+            self,
+            ("in_channels", "channels", "depth", "head_dim", "window", "groups"),
+        )
+        if len(sides) != 2 or min(sides) < 1:
+            raise ValueError(f"ASCENDConfig: image_size={sides}, expected one or two sides >= 1")
         for side in sides:
             if side % self.multiple:
                 raise ValueError(
@@ -242,8 +249,8 @@ class ASCEND(Backbone):
             ValueError: A shape does not fit the configuration; both numbers are in the message.
         """
         check_image("ASCEND", x, self.config.in_channels, self.config.multiple)
-        self.check_conditions(context, y)
         batch = x.shape[0]
+        self.check_conditions(batch, context, context_mask, pooled, y)
 
         emb = self.time(as_timesteps(t, batch, x.device))
         mask = None

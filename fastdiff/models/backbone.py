@@ -32,6 +32,14 @@ def check_choice(owner: str, field: str, value: str, valid: Iterable[str]) -> No
         raise ValueError(f"{owner}: {field}={value!r}, {nearest(value, names)}")
 
 
+def check_positive(owner: str, config: Any, fields: Iterable[str]) -> None:
+    """Raise ValueError unless each of the fields is a whole number of at least 1."""
+    for field in fields:
+        value = getattr(config, field)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{owner}: {field}={value!r}, expected a whole number >= 1")
+
+
 def check_image(owner: str, x: Tensor, channels: int, multiple: int) -> None:
     """Raise ValueError unless x is (B, channels, H, W) with H and W multiples of `multiple`."""
     if x.ndim != 4:
@@ -61,9 +69,20 @@ class Backbone(nn.Module):
         """Dtype of the weights."""
         return next(self.parameters()).dtype
 
-    def check_conditions(self, context: Tensor | None, y: Tensor | None) -> None:
+    def check_conditions(
+        self,
+        batch: int,
+        context: Tensor | None,
+        context_mask: Tensor | None,
+        pooled: Tensor | None,
+        y: Tensor | None,
+    ) -> None:
         """Raise ValueError for a condition that this model was not built to take."""
         name = type(self).__name__
+        if context is None and (context_mask is not None or pooled is not None):
+            raise ValueError(f"{name}: context_mask or pooled given without context")
+        if y is not None and y.shape != (batch,):
+            raise ValueError(f"{name}: y has shape {tuple(y.shape)}, expected ({batch},)")
         if context is not None and self.config.context_dim is None:
             raise ValueError(
                 f"{name}: context of width {context.shape[-1]} given, but the model has "
@@ -112,7 +131,7 @@ class Backbone(nn.Module):
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
-    """Load a safetensors file, all keys and shapes matching, or nothing.
+    """Load a safetensors file, all keys and shapes matching, or nothing; the model takes its dtype.
 
     Raises:
         ValueError: Missing, extra or misshaped keys, all of them listed.
@@ -134,4 +153,7 @@ def load_weights(model: nn.Module, file: Path) -> None:
             f"{file} does not fit {type(model).__name__}; nothing was loaded:\n  "
             + "\n  ".join(problems)
         )
+    dtypes = {value.dtype for value in weights.values() if value.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())
     model.load_state_dict(weights)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.models.backbone import Backbone, check_choice, check_image
+from fastdiff.models.backbone import Backbone, check_choice, check_image, check_positive
 from fastdiff.nn import (
     FFN,
     HEADS,
@@ -75,6 +75,13 @@ class IUViTConfig:
             object.__setattr__(self, "image_size", (self.image_size, self.image_size))
         else:
             object.__setattr__(self, "image_size", tuple(self.image_size))
+        check_positive(
+            "IUViTConfig", self, ("patch_size", "in_channels", "dim", "layers", "head_dim")
+        )
+        if len(self.sides) != 2 or min(self.sides) < 1:
+            raise ValueError(
+                f"IUViTConfig: image_size={self.sides}, expected one or two sides >= 1"
+            )
         for side in self.sides:
             if side % self.patch_size:
                 raise ValueError(
@@ -220,9 +227,9 @@ class IUViT(Backbone):
         Raises:
             ValueError: A shape does not fit the configuration; both numbers are in the message.
         """
-        batch, (height, width) = x.shape[0], x.shape[-2:]
         check_image("IUViT", x, self.config.in_channels, self.config.patch_size)
-        self.check_conditions(context, y)
+        batch, _, height, width = x.shape
+        self.check_conditions(batch, context, context_mask, pooled, y)
         grid = (height // self.config.patch_size, width // self.config.patch_size)
 
         tokens = self.patch_embed(x.to(self.dtype))

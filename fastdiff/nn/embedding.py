@@ -220,8 +220,6 @@ class TextCondition(nn.Module):
         """
         null_context, null_pooled = self.null_context, self.null_pooled
         if context is None:
-            if mask is not None or pooled is not None:
-                raise ValueError("model: context_mask or pooled given without context")
             context = null_context.expand(batch, 1, self.width)
             mask = torch.ones(batch, 1, dtype=torch.bool, device=context.device)
             return context, mask, null_pooled.expand(batch, self.width)

@@ -4,6 +4,7 @@
         manifest.json      step, ranks, fingerprint of the data, sizes of all files; written last
         recipe.yaml        the run's resolved recipe
         ema.safetensors    float32 averaged weights
+        text/              the small text encoder with its vocabulary, where the run has one
         trainer.safetensors or zero/    weights and optimiser state, as the engine writes them
 
 A folder without a manifest, or with a file of another size, does not count: the one before it does.
@@ -16,9 +17,11 @@ import logging
 import os
 import re
 import shutil
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fastdiff.text import SmallTextEncoder
 from fastdiff.training.config import Recipe, save
 from fastdiff.training.ema import EMA
 from fastdiff.training.engine import Engine
@@ -28,25 +31,54 @@ log = logging.getLogger("fastdiff")
 _NAME = re.compile(r"step-(\d{8})$")
 _MANIFEST = "manifest.json"
 EMA_FILE = "ema.safetensors"
+TEXT_FOLDER = "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run is, and what its position in the data means.
+
+    Args:
+        step: Optimiser steps made.
+        images: Images seen, over all ranks: the whole state of the data.
+        seed: Of the run.
+        world: Number of ranks.
+        data: Fingerprint of the data set.
+    """
+
+    step: int
+    images: int
+    seed: int
+    world: int
+    data: str
 
 
 def save_checkpoint(
-    run: Path, step: int, recipe: Recipe, engine: Engine, ema: EMA | None, *, data: str
+    run: Path,
+    progress: Progress,
+    recipe: Recipe,
+    engine: Engine,
+    ema: EMA | None,
+    text: SmallTextEncoder | None,
 ) -> None:
-    """Write a checkpoint of `step` optimiser steps; collective. Older ones beyond `keep` go.
+    """Write a checkpoint; collective. Whole ones beyond the `keep` newest go.
+
+    A checkpoint of a later step, left by a run that went on from an earlier one, goes too.
 
     Args:
         run: The run's folder.
-        step: Optimiser steps made.
+        progress: How far the run is.
         recipe: The run's.
         engine: Writes weights and optimiser state.
         ema: The average, on rank 0.
-        data: Fingerprint of the data set.
+        text: The small text encoder, where the run has one.
     """
+    step = progress.step
     root = run / "checkpoints"
     final, partial = root / f"step-{step:08d}", root / f".partial-{step:08d}"
     if engine.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in root.glob(".partial-*"):
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
     engine.barrier()
     engine.save(partial)
@@ -56,9 +88,11 @@ def save_checkpoint(
 
         save_file({k: v.contiguous() for k, v in ema.state_dict().items()}, partial / EMA_FILE)
         save(recipe, partial / "recipe.yaml")
+        if text is not None:
+            text.save_pretrained(partial / TEXT_FOLDER)
         files = sorted(p for p in partial.rglob("*") if p.is_file())
         sizes = {str(p.relative_to(partial)): p.stat().st_size for p in files}
-        manifest = {"step": step, "world": engine.world, "data": data, "files": sizes}
+        manifest = {**asdict(progress), "files": sizes}
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         for file in (*files, partial / _MANIFEST):
             _sync(file)
@@ -67,8 +101,11 @@ def save_checkpoint(
         if final.exists():
             shutil.rmtree(final)
         os.rename(partial, final)
-        _sync(root)
-        for old in list_checkpoints(run)[: -recipe.train.keep]:
+        for folder in (root, run):
+            _sync(folder)
+        names = list_checkpoints(run)
+        whole = [p for p in names if p.name <= final.name and read_manifest(p) is not None]
+        for old in set(names) - set(whole[-recipe.train.keep :]):
             shutil.rmtree(old, ignore_errors=True)
     engine.barrier()
 
@@ -83,9 +120,10 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     """A checkpoint's manifest, or None if the checkpoint is not whole."""
     try:
         manifest = json.loads((checkpoint / _MANIFEST).read_text())
+        Progress(**{f.name: manifest[f.name] for f in fields(Progress)})
         sizes = manifest["files"].items()
         whole = all((checkpoint / name).stat().st_size == size for name, size in sizes)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return manifest if whole else None
 
@@ -97,6 +135,19 @@ def latest_checkpoint(run: Path) -> Path | None:
             return checkpoint
         log.warning("checkpoint %s is not whole; the one before it is used", checkpoint)
     return None
+
+
+def progress_of(run: Path) -> Progress:
+    """How far a run's newest whole checkpoint is.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    checkpoint = latest_checkpoint(run)
+    manifest = None if checkpoint is None else read_manifest(checkpoint)
+    if manifest is None:
+        raise FileNotFoundError(f"{run} holds no checkpoint")
+    return Progress(**{f.name: manifest[f.name] for f in fields(Progress)})
 
 
 def load_ema(checkpoint: Path, ema: EMA) -> None:

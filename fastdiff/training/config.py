@@ -185,19 +185,42 @@ class Recipe:
                 f"text.width={self.text.width}; set both alike"
             )
         train = self.train
-        for name in ("batch_size", "max_steps", "log_every", "checkpoint_every", "keep"):
-            if getattr(train, name) < 1:
-                raise ValueError(f"Recipe: train.{name}={getattr(train, name)}, expected >= 1")
-        if not 0.0 <= train.condition_dropout <= 1.0:
+        for name in ("batch_size", "micro_batch", "max_steps", "log_every", "checkpoint_every"):
+            _at_least(1, f"train.{name}", getattr(train, name))
+        _at_least(1, "train.keep", train.keep)
+        _at_least(1, "train.threads", train.threads)
+        _at_least(0, "train.sample_every", train.sample_every)
+        _at_least(0, "data.workers", self.data.workers)
+        _at_least(0, "optim.warmup", self.optim.warmup)
+        _at_least(0, "sample.guidance", self.sample.guidance)
+        if self.optim.clip is not None and not self.optim.clip > 0:
+            raise ValueError(f"Recipe: optim.clip={self.optim.clip}, expected > 0, or None")
+        if not 1 <= self.sample.steps <= self.diffusion.steps:
             raise ValueError(
-                f"Recipe: train.condition_dropout={train.condition_dropout}, expected 0..1"
+                f"Recipe: sample.steps={self.sample.steps}, expected 1 to diffusion.steps="
+                f"{self.diffusion.steps}"
             )
+        for name, value in (
+            ("train.condition_dropout", train.condition_dropout),
+            ("data.bad_limit", self.data.bad_limit),
+        ):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"Recipe: {name}={value}, expected 0..1")
+        for name in ("in_channels", "out_channels"):
+            if getattr(self.model, name) not in (3, None):
+                value = getattr(self.model, name)
+                raise ValueError(f"Recipe: model.{name}={value}, training takes RGB images: 3")
 
     @property
     def side(self) -> int:
         """Image side in pixels."""
         assert isinstance(self.model.image_size, tuple)
         return self.model.image_size[0]
+
+
+def _at_least(least: int, name: str, value: float | None) -> None:
+    if value is not None and not value >= least:
+        raise ValueError(f"Recipe: {name}={value}, expected >= {least}")
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

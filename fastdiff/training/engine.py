@@ -182,7 +182,9 @@ class PlainEngine:
         named = dict(self.learner.named_parameters())
         trained = [n for n, p in named.items() if p.requires_grad]
         keys = ("step", "exp_avg", "exp_avg_sq")
-        expected = {f"weight/{n}" for n in named} | {f"{k}/{n}" for k in keys for n in trained}
+        # before its first update (all steps skipped, say) a parameter has no moments
+        moved = [n for n in trained if f"step/{n}" in tensors]
+        expected = {f"weight/{n}" for n in named} | {f"{k}/{n}" for k in keys for n in moved}
         if expected != set(tensors):
             raise ValueError(
                 f"{file} is of another model: missing {sorted(expected - set(tensors))[:5]}, "
@@ -191,7 +193,7 @@ class PlainEngine:
         with torch.no_grad():
             for name, parameter in named.items():
                 parameter.copy_(tensors[f"weight/{name}"])
-        for name in trained:
+        for name in moved:
             # copies: what safetensors returns lies in the mapped file
             state = {key: tensors[f"{key}/{name}"].clone() for key in keys}
             # PyTorch keeps the step counter of an unfused AdamW on the CPU

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import math
+import os
 import signal
 import sys
 import time
@@ -25,6 +25,8 @@ from fastdiff.grid import picture_grid, to_uint8
 from fastdiff.text import SmallTextEncoder
 from fastdiff.training import engine as engines
 from fastdiff.training.checkpoint import (
+    TEXT_FOLDER,
+    Progress,
     latest_checkpoint,
     list_checkpoints,
     load_ema,
@@ -52,8 +54,9 @@ def train(recipe: Recipe) -> Path:
         recipe: What to train. Under `deepspeed` or `torchrun`, every rank calls this alike.
 
     Returns:
-        The run's folder: `model/` (averaged weights, `from_pretrained` reads them), `text/`,
-        `recipe.yaml`, `metrics.jsonl`, `samples/`, `tensorboard/`, `checkpoints/`.
+        The run's folder: `model/` (averaged weights, `from_pretrained` reads them; the small text
+        encoder in `model/text/`), `recipe.yaml`, `metrics.jsonl`, `samples/`, `tensorboard/`,
+        `checkpoints/`.
 
     Raises:
         FileNotFoundError, ValueError: No data, or a folder with a run of another model.
@@ -94,10 +97,12 @@ class Trainer:
         micro = engines.micro_batch_size(recipe, world)
         self.micro_batches = recipe.train.batch_size // world // micro
         self.dataset = open_dataset(recipe.data.path)
+        self._check_data()
         checkpoint = self._find_checkpoint(world)
 
         torch.manual_seed(recipe.train.seed)
-        self.text = self._make_text()
+        self.text = self._make_text(checkpoint)
+        torch.manual_seed(recipe.train.seed)
         learner = Learner(recipe, self.text)
         self.ema: EMA | None = None
         if rank == 0:
@@ -106,7 +111,7 @@ class Trainer:
             train = recipe.train
             self.ema = EMA(trained, decay=train.ema_decay, warmup=train.ema_warmup)
         self.engine = engines.make_engine(recipe, learner, device)
-        self.step = 0
+        self.step = self.images = 0
         if checkpoint is not None:
             self._resume(checkpoint)
 
@@ -127,10 +132,12 @@ class Trainer:
     def run(self) -> Path:
         """Train, then export the averaged weights."""
         recipe = self.recipe.train
-        if self.rank == 0:
+        left = recipe.max_steps - self.step
+        if left <= 0 and self.rank == 0:
+            log.info("nothing to train: step %d of %d is done", self.step, recipe.max_steps)
+        elif self.rank == 0:
             self.run_folder.mkdir(parents=True, exist_ok=True)
             save(self.recipe, self.run_folder / "recipe.yaml")
-        left = recipe.max_steps - self.step
         watch = Watch(self.recipe, self.step) if self.rank == 0 and left > 0 else None
         before = {s: signal.getsignal(s) for s in _SIGNALS}
         try:
@@ -146,7 +153,7 @@ class Trainer:
                 watch.close()
         if self.rank == 0:
             self._export()
-            log.info("done: %d steps, weights in %s", recipe.max_steps, self.run_folder / "model")
+            log.info("done: %d steps, weights in %s", self.step, self.run_folder / "model")
         self.engine.barrier()
         engines.stop()
         return self.run_folder
@@ -165,14 +172,16 @@ class Trainer:
                 if self.ema is not None:
                     self.ema.update(self.step, weights)
             self.step += 1
+            self.images += recipe.batch_size
             if watch is not None:
-                watch.log_step(self.step, result, loaded - started, time.perf_counter() - started)
-                if recipe.sample_every and self.step % recipe.sample_every == 0:
-                    watch.log_pictures(self.step, self._draw())
+                ended = time.perf_counter()
+                watch.log_step(self.step, self.images, result, loaded - started, ended - started)
             if self.engine.any_rank(self.signal is not None):
                 self._stop_early()
             if self.step % recipe.checkpoint_every == 0:
                 self._save()
+            if watch is not None and recipe.sample_every and self.step % recipe.sample_every == 0:
+                self._show(watch)
 
     def _batches(self) -> Iterator[engines.MicroBatch]:
         batch_size = self.recipe.train.batch_size
@@ -183,8 +192,8 @@ class Trainer:
             self.stream,
             rank=self.rank,
             world=self.engine.world,
-            start=self.step * batch_size,
-            stop=self.recipe.train.max_steps * batch_size,
+            start=self.images,
+            stop=self.images + (self.recipe.train.max_steps - self.step) * batch_size,
             num_workers=self.recipe.data.workers,
             pin_memory=self.device.type == "cuda",
         )
@@ -218,14 +227,15 @@ class Trainer:
             )
 
     def _save(self) -> None:
-        save_checkpoint(
-            self.run_folder,
-            self.step,
-            self.recipe,
-            self.engine,
-            self.ema,
+        progress = Progress(
+            step=self.step,
+            images=self.images,
+            seed=self.recipe.train.seed,
+            world=self.engine.world,
             data=self.dataset.fingerprint,
         )
+        text = self.text if isinstance(self.text, SmallTextEncoder) else None
+        save_checkpoint(self.run_folder, progress, self.recipe, self.engine, self.ema, text)
         self.saved_at = self.step
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -256,7 +266,8 @@ class Trainer:
                     f"{self.run_folder}: no checkpoint is whole; move the folder away to start anew"
                 )
             return None
-        differing = model_differences(self.recipe, load(checkpoint / "recipe.yaml"))
+        saved = load(checkpoint / "recipe.yaml")
+        differing = model_differences(self.recipe, saved)
         if differing:
             raise ValueError(
                 f"{self.run_folder} holds a run of another model; give another train.out, or the "
@@ -275,6 +286,13 @@ class Trainer:
                 f"{checkpoint} was written by {manifest['world']} ranks, this run has {world}; "
                 "resume on as many"
             )
+        for name in ("zero", "precision") if engines.under_launcher() else ():
+            now, then = getattr(self.recipe.train, name), getattr(saved.train, name)
+            if now != then:
+                raise ValueError(
+                    f"{checkpoint} was written with train.{name}={then}, this run has {now}; "
+                    "resume with the same, or give another train.out"
+                )
         return checkpoint
 
     def _resume(self, checkpoint: Path) -> None:
@@ -283,56 +301,85 @@ class Trainer:
             load_ema(checkpoint, self.ema)
         manifest = read_manifest(checkpoint)
         assert manifest is not None, "it was whole when it was chosen"
-        self.step = int(manifest["step"])
+        self.step, self.images = int(manifest["step"]), int(manifest["images"])
         if self.rank == 0 and manifest["data"] != self.dataset.fingerprint:
             log.warning(
                 "%s was trained on other data than %s holds now; the run goes on with these",
                 *(checkpoint, self.recipe.data.path),
             )
+        if self.rank == 0 and manifest["seed"] != self.recipe.train.seed:
+            log.warning(
+                "%s was trained with train.seed=%s; from here the data follow seed %s",
+                *(checkpoint, manifest["seed"], self.recipe.train.seed),
+            )
         if self.rank == 0:
             log.info("continuing from step %d (%s)", self.step, checkpoint)
 
-    def _make_text(self) -> AnyTextEncoder:
-        """The text encoder; a small one's vocabulary is made once and kept in the run's folder."""
+    def _check_data(self) -> None:
+        """Refuse data of which too many shards are unreadable, or that ranks see differently."""
+        bad = getattr(self.dataset, "bad_shards", [])
+        shards = len(bad) + len(getattr(self.dataset, "shards", []))
+        if bad and len(bad) > self.recipe.data.bad_limit * shards:
+            worst = bad[0]
+            raise ValueError(
+                f"{self.recipe.data.path}: {len(bad)} of {shards} shards cannot be read, over the "
+                f"limit of {self.recipe.data.bad_limit:.2%}; first: {worst.path}: {worst.reason}; "
+                "repair or move them, or raise data.bad-limit"
+            )
+        if engines.under_launcher():
+            seen: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(seen, self.dataset.fingerprint)
+            if len(set(seen)) > 1:
+                raise ValueError(
+                    f"{self.recipe.data.path} differs between the ranks (fingerprints {seen}); "
+                    "give every node the same files"
+                )
+
+    def _make_text(self, checkpoint: Path | None) -> AnyTextEncoder:
+        """The text encoder; a small one's vocabulary comes with the checkpoint, or is made now."""
         if self.recipe.text.encoder == "t5":
             return make_t5(self.recipe, self.device)
-        folder = self.run_folder / "text"
-        if self.rank == 0 and not (folder / "model.safetensors").is_file():
-            config = self.recipe.text
-            SmallTextEncoder.from_captions(
-                _some_captions(self.dataset),
-                width=config.width,
-                layers=config.layers,
-                max_length=config.max_length,
-            ).save_pretrained(folder)
-        if engines.under_launcher():
-            torch.distributed.barrier()
-        return SmallTextEncoder.from_pretrained(folder)
+        if checkpoint is not None:
+            return SmallTextEncoder.from_pretrained(checkpoint / TEXT_FOLDER)
+        config = self.recipe.text
+        return SmallTextEncoder.from_captions(
+            _some_captions(self.dataset),
+            width=config.width,
+            layers=config.layers,
+            max_length=config.max_length,
+        )
 
     def _averaged(self) -> Learner:
         """A learner that holds the averaged weights, on this rank's device."""
         assert self.ema is not None, "rank 0 has the average"
         text = self.text
         if isinstance(text, SmallTextEncoder):
-            text = SmallTextEncoder.from_pretrained(self.run_folder / "text")
-        learner = Learner(self.recipe, text).to(self.device).requires_grad_(True)
+            text = text.fresh()
+        learner = Learner(self.recipe, text).to(self.device)
         self.ema.copy_to(learner)
         return learner.eval()
 
-    def _draw(self) -> torch.Tensor:
+    def _show(self, watch: Watch) -> None:
+        """Draw the recipe's prompts; a drawing that fails does not end the run."""
         sample = self.recipe.sample
-        return self._averaged().draw(
-            sample.prompts,
-            range(len(sample.prompts)),
-            steps=sample.steps,
-            guidance=sample.guidance,
-        )
+        if not sample.prompts:
+            return
+        try:
+            pictures = self._averaged().draw(
+                sample.prompts,
+                range(len(sample.prompts)),
+                steps=sample.steps,
+                guidance=sample.guidance,
+            )
+            watch.log_pictures(self.step, pictures)
+        except (RuntimeError, OSError) as error:
+            log.warning("step %d: no sample grid: %s", self.step, error)
 
     def _export(self) -> None:
         learner = self._averaged()
         learner.backbone.save_pretrained(self.run_folder / "model")
         if learner.text is not None:
-            learner.text.save_pretrained(self.run_folder / "text")
+            learner.text.save_pretrained(self.run_folder / "model" / TEXT_FOLDER)
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -369,10 +416,10 @@ class Watch:
         self.metrics = folder / "metrics.jsonl"
         if self.metrics.is_file():
             # points after the checkpoint that the run continues from will be made again
-            kept = [
-                line for line in self.metrics.read_text().splitlines() if _step_of(line) <= step
-            ]
-            self.metrics.write_text("".join(line + "\n" for line in kept))
+            lines = self.metrics.read_text().splitlines()
+            beside = self.metrics.with_suffix(".partial")
+            beside.write_text("".join(line + "\n" for line in lines if _step_of(line) <= step))
+            os.replace(beside, self.metrics)
         self.bar = tqdm(
             total=recipe.train.max_steps,
             initial=step,
@@ -381,14 +428,21 @@ class Watch:
             mininterval=0.5 if sys.stderr.isatty() else 20.0,
             dynamic_ncols=True,
         )
-        self.losses: list[float] = []
-        self.data_time = self.step_time = 0.0
+        self._forget()
 
     def log_step(
-        self, step: int, result: engines.StepResult, data_time: float, step_time: float
+        self,
+        step: int,
+        images: int,
+        result: engines.StepResult,
+        data_time: float,
+        step_time: float,
     ) -> None:
-        """Count one optimiser step; times in seconds."""
-        if math.isfinite(result.loss):
+        """Count one optimiser step; images seen over all ranks, times in seconds."""
+        self.count += 1
+        if result.skipped:
+            self.skipped += 1
+        else:
             self.losses.append(result.loss)
         self.data_time += data_time
         self.step_time += step_time
@@ -396,27 +450,35 @@ class Watch:
         every = self.recipe.train.log_every
         if step % every and step != self.recipe.train.max_steps:
             return
-        count = (step - 1) % every + 1
+        count = self.count
         point = {
             "step": step,
-            "images_seen": step * self.recipe.train.batch_size,
-            "loss": sum(self.losses) / max(1, len(self.losses)),
-            "grad_norm": result.grad_norm,
+            "images_seen": images,
+            "loss": sum(self.losses) / len(self.losses) if self.losses else None,
+            "grad_norm": None if result.skipped else result.grad_norm,
+            "skipped": self.skipped,
             "lr": engines.learning_rate(self.recipe, step - 1),
             "images_per_s": count * self.recipe.train.batch_size / self.step_time,
             "step_s": self.step_time / count,
             "data_s": self.data_time / count,
         }
+        loss = "not finite" if point["loss"] is None else f"{point['loss']:.4f}"
         self.bar.set_postfix_str(
-            f"loss {point['loss']:.4f}, {point['images_per_s']:.0f} images/s, "
-            f"{point['step_s'] * 1000:.0f} ms/step"
+            f"loss {loss}, {point['images_per_s']:.0f} images/s, "
+            f"{self.step_time / count * 1000:.0f} ms/step"
         )
         with self.metrics.open("a") as file:
             file.write(json.dumps(point) + "\n")
         for name, value in point.items():
-            if name != "step":
+            if name != "step" and value is not None:
                 self.board.add_scalar(f"train/{name}", value, step)
-        self.losses, self.data_time, self.step_time = [], 0.0, 0.0
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start a new interval of the log."""
+        self.losses: list[float] = []
+        self.count = self.skipped = 0
+        self.data_time = self.step_time = 0.0
 
     def log_pictures(self, step: int, pictures: torch.Tensor) -> None:
         """Write a grid of the recipe's prompts."""
@@ -461,7 +523,7 @@ def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[Learner,
     if recipe.text.encoder == "t5":
         text = make_t5(recipe, device)
     else:
-        text = SmallTextEncoder.from_pretrained(folder / "text")
+        text = SmallTextEncoder.from_pretrained(checkpoint / TEXT_FOLDER)
     learner = Learner(recipe, text).to(device)
     parameters: list[tuple[str, nn.Parameter]] = list(learner.named_parameters())
     ema = EMA(parameters)

@@ -74,6 +74,8 @@ def test_labels(make):
     out = model(X, T, y=y)
     assert not torch.allclose(out[1], model(X, T, y=torch.tensor([0, 4, 9]))[1], atol=1e-3)
     torch.testing.assert_close(model(X, T), model(X, T, y=torch.full((3,), 10)))
+    with pytest.raises(ValueError, match=r"y has shape \(1,\), expected \(3,\)"):
+        model(X, T, y=y[:1])
     with pytest.raises(ValueError, match="num_classes=None"):
         make()(X, T, y=y)
 
@@ -141,6 +143,8 @@ def test_wrong_conditions_are_refused_with_both_numbers(make):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"patch_size": 0}, "patch_size=0, expected a whole number >= 1"),
+        ({"image_size": (16, 16, 16)}, "expected one or two sides"),
         ({"patch_size": 5}, "patch_size=5 does not divide image side 16"),
         ({"layers": 4}, "layers=4, expected an odd number"),
         ({"dim": 72}, "head_dim=64 does not divide dim=72"),
@@ -156,6 +160,7 @@ def test_iuvit_config_is_checked(fields, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"window": 0}, "window=0, expected a whole number >= 1"),
         ({"image_size": 15}, "side 15 is not a multiple of 2"),
         ({"attention_resolutions": (7,)}, r"has 7, the levels have \[16, 8\]"),
         ({"groups": 7}, "groups=7 does not divide"),

@@ -28,6 +28,7 @@ def test_weights_keep_their_dtype(make, tmp_path):
     model = make().bfloat16()
     model.save_pretrained(tmp_path)
     assert {v.dtype for v in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    assert from_pretrained(tmp_path).dtype == torch.bfloat16
 
 
 def test_all_misfits_are_listed_and_nothing_is_loaded(make, tmp_path):
