@@ -60,6 +60,14 @@ def test_values_are_checked(tmp_path):
         dataclasses.replace(recipe, text=dataclasses.replace(recipe.text, width=64))
     with pytest.raises(ValueError, match=r"train\.max_steps=0, expected >= 1"):
         tiny_recipe(tmp_path, max_steps=0)
+    for changes in ({"micro_batch": -4}, {"sample_every": -1}, {"threads": 0}, {"keep": 0}):
+        (name,) = changes
+        with pytest.raises(ValueError, match=rf"train\.{name}=.*expected >="):
+            tiny_recipe(tmp_path, **changes)
+    with pytest.raises(ValueError, match=r"optim\.clip=0\.0, expected > 0"):
+        dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, clip=0.0))
+    with pytest.raises(ValueError, match=r"sample\.steps=2000, expected 1 to"):
+        dataclasses.replace(recipe, sample=dataclasses.replace(recipe.sample, steps=2000))
     with pytest.raises(ValueError, match="square images"):
         dataclasses.replace(recipe, model=dataclasses.replace(IUVIT, image_size=(16, 32)))
 

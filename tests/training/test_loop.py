@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tiny import ASCEND, IUVIT, tiny_recipe
 
 import fastdiff
+from fastdiff.data import scenes
 from fastdiff.data.stream import BadSampleError
 from fastdiff.training.checkpoint import latest_checkpoint, list_checkpoints, read_manifest
 from fastdiff.training.config import save
@@ -176,6 +177,69 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path, caplog):
         train(recipe)
 
 
+def test_a_new_checkpoint_outlives_damaged_and_later_ones(tmp_path):
+    recipe = tiny_recipe(tmp_path, max_steps=12, keep=1)
+    run = train(recipe)
+    manifest = run / "checkpoints" / "step-00000012" / "manifest.json"
+    shutil.copytree(manifest.parent, run / "checkpoints" / "step-00000099")
+    (run / "checkpoints" / "step-00000099" / "manifest.json").unlink()
+    train(tiny_recipe(tmp_path, max_steps=13, keep=1))
+    assert [p.name for p in list_checkpoints(run)] == ["step-00000013"]
+    assert read_manifest(latest_checkpoint(run))["step"] == 13
+
+
+def test_the_same_seed_starts_from_the_same_weights(tmp_path):
+    device = torch.device("cpu")
+    first = Trainer(tiny_recipe(tmp_path), 0, 1, device).engine.learner.state_dict()
+    again = Trainer(tiny_recipe(tmp_path), 0, 1, device).engine.learner.state_dict()
+    assert_same(first, again)
+    other = Trainer(tiny_recipe(tmp_path, seed=1), 0, 1, device).engine.learner.state_dict()
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_another_batch_size_goes_on_in_the_data(tmp_path, caplog):
+    train(tiny_recipe(tmp_path, max_steps=4))
+    resumed = tiny_recipe(tmp_path, max_steps=6, batch_size=4, seed=5)
+    trainer = Trainer(resumed, 0, 1, torch.device("cpu"))
+    assert trainer.images == 32
+    assert "train.seed=0" in caplog.text
+    run = trainer.run()
+    assert read_manifest(latest_checkpoint(run))["images"] == 40
+    assert [p["images_seen"] for p in points(run)] == [8, 16, 24, 32, 36, 40]
+
+
+def test_a_drawing_that_fails_costs_nothing(tmp_path, caplog, monkeypatch):
+    recipe = tiny_recipe(tmp_path, max_steps=4, sample_every=2)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("fastdiff.training.learner.Learner.draw", broken)
+    run = train(recipe)
+    assert read_manifest(latest_checkpoint(run))["step"] == 4
+    assert "no sample grid: out of memory" in caplog.text
+
+
+def test_a_checkpoint_before_the_first_update_resumes(tmp_path):
+    trainer = Trainer(tiny_recipe(tmp_path, max_steps=3), 0, 1, torch.device("cpu"))
+    with torch.no_grad():
+        trainer.engine.learner.backbone.head.conv.bias[0] = torch.nan
+    run = trainer.run()
+    assert [(p["loss"], p["skipped"]) for p in points(run)] == [(None, 1)] * 3
+    assert Trainer(tiny_recipe(tmp_path), 0, 1, torch.device("cpu")).step == 3
+
+
+def test_shards_that_cannot_be_read_are_limited(tmp_path):
+    recipe = tiny_recipe(tmp_path)
+    scenes.write_shards(tmp_path / "shards", n=40, resolution=16, shard_size=10)
+    data = dataclasses.replace(recipe.data, path=str(tmp_path / "shards"))
+    recipe = dataclasses.replace(recipe, data=data)
+    (tmp_path / "shards" / "00001.tar").write_bytes(b"not a tar" * 100)
+    with pytest.raises(ValueError, match=r"1 of 4 shards cannot be read, over the limit of 1\.00%"):
+        train(recipe)
+    train(dataclasses.replace(recipe, data=dataclasses.replace(data, bad_limit=0.5)))
+
+
 def test_other_data_is_said(tmp_path, caplog):
     train(tiny_recipe(tmp_path, max_steps=4))
     metadata = tmp_path / "data" / "metadata.jsonl"
@@ -207,7 +271,9 @@ def test_missing_data_is_said(tmp_path):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_a_signal_saves_and_the_same_command_goes_on(number, status, tmp_path):
+    """Sent to the whole group, loader worker included, as terminals and launchers do."""
     recipe = tiny_recipe(tmp_path, max_steps=100_000, checkpoint_every=100_000)
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, workers=1))
     save(recipe, tmp_path / "recipe.yaml")
     code = (
         "import sys, pathlib; from fastdiff.training.config import load;"
@@ -217,13 +283,15 @@ def test_a_signal_saves_and_the_same_command_goes_on(number, status, tmp_path):
     run = tmp_path / "run"
     for _ in range(2):
         seen = len(points(run)) if (run / "metrics.jsonl").exists() else 0
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and process.poll() is None:
             if (run / "metrics.jsonl").exists() and len(points_or_none(run)) > seen + 3:
                 break
             time.sleep(0.05)
-        process.send_signal(number)
+        os.killpg(process.pid, number)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == status, errors
         assert "the same command continues from it" in errors
