@@ -44,6 +44,8 @@ def check_image(owner: str, x: Tensor, channels: int, multiple: int) -> None:
     """Raise ValueError unless x is (B, channels, H, W) with H and W multiples of `multiple`."""
     if x.ndim != 4:
         raise ValueError(f"{owner}: x has {x.ndim} dimensions, expected 4: (B, C, H, W)")
+    if not x.is_floating_point():
+        raise ValueError(f"{owner}: x is {x.dtype}, expected floating point, images in [-1, 1]")
     if x.shape[1] != channels:
         raise ValueError(f"{owner}: x has {x.shape[1]} channels, the model takes {channels}")
     for side, name in zip(x.shape[2:], "HW", strict=True):

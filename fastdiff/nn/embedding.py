@@ -177,6 +177,14 @@ class LabelEmbedding(nn.Embedding):
         """(B,) int64 in 0..num_classes to (B, dim); None is the null label for all."""
         if y is None:
             y = torch.full((batch,), self.num_classes, device=self.weight.device)
+        # on a GPU the look would cost a synchronisation; the kernel itself refuses there
+        if y.device.type == "cpu" and not torch.compiler.is_compiling() and y.numel():
+            low, high = int(y.min()), int(y.max())
+            if low < 0 or high > self.num_classes:
+                raise ValueError(
+                    f"model: y lies in {low}..{high}, expected labels 0..{self.num_classes - 1}, "
+                    f"or {self.num_classes} for no label"
+                )
         return super().forward(y)
 
 

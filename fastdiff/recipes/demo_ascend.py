@@ -16,13 +16,13 @@ RECIPE: Recipe = dataclasses.replace(
     demo.RECIPE,
     model=ASCENDConfig(
         image_size=32,
-        channels=32,
+        channels=16,
         depth=1,
         multipliers=(1, 2, 4),
         attention_resolutions=(16, 8),
         head_dim=32,
         context_dim=128,
-        groups=16,
+        groups=8,
     ),
-    train=dataclasses.replace(demo.RECIPE.train, out="runs/demo_ascend", max_steps=1000),
+    train=dataclasses.replace(demo.RECIPE.train, out="runs/demo_ascend"),
 )

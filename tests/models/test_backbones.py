@@ -76,6 +76,8 @@ def test_labels(make):
     torch.testing.assert_close(model(X, T), model(X, T, y=torch.full((3,), 10)))
     with pytest.raises(ValueError, match=r"y has shape \(1,\), expected \(3,\)"):
         model(X, T, y=y[:1])
+    with pytest.raises(ValueError, match=r"y lies in 0\.\.11, expected labels 0\.\.9, or 10"):
+        model(X, T, y=torch.tensor([0, 11, 3]))
     with pytest.raises(ValueError, match="num_classes=None"):
         make()(X, T, y=y)
 
@@ -120,6 +122,8 @@ def test_wrong_images_are_refused_with_both_numbers(make):
         model(torch.randn(1, 4, 16, 16), 0)
     with pytest.raises(ValueError, match=r"W=17 is not a multiple of \d"):
         model(torch.randn(1, 3, 16, 17), 0)
+    with pytest.raises(ValueError, match=r"x is torch\.uint8, expected floating point"):
+        model(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), 0)
     with pytest.raises(ValueError, match="3 dimensions"):
         model(torch.randn(3, 16, 16), 0)
 
