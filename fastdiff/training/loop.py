@@ -6,9 +6,7 @@ index), so the data side of a resumed run is one number, the images seen.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import signal
 import sys
 import time
@@ -21,7 +19,6 @@ from torch import nn
 
 from fastdiff.data.readers import open_dataset
 from fastdiff.data.stream import BadSampleLimit, StreamConfig, make_loader
-from fastdiff.grid import picture_grid, to_uint8
 from fastdiff.text import SmallTextEncoder
 from fastdiff.training import engine as engines
 from fastdiff.training.checkpoint import (
@@ -36,6 +33,7 @@ from fastdiff.training.checkpoint import (
 from fastdiff.training.config import Recipe, load, model_differences, save
 from fastdiff.training.ema import EMA
 from fastdiff.training.learner import AnyTextEncoder, Learner, make_t5
+from fastdiff.training.watch import Watch
 
 log = logging.getLogger("fastdiff")
 
@@ -394,109 +392,6 @@ def _some_captions(dataset: Any) -> Iterator[str]:
             yield dataset[index].caption
         except BadSample:
             continue
-
-
-class Watch:
-    """What one sees of a run: progress bar, `metrics.jsonl`, TensorBoard, sample grids.
-
-    Args:
-        recipe: The run's.
-        step: Optimiser steps made before.
-    """
-
-    def __init__(self, recipe: Recipe, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-        from tqdm import tqdm
-
-        self.recipe = recipe
-        folder = Path(recipe.train.out)
-        self.samples = folder / "samples"
-        self.samples.mkdir(exist_ok=True)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        self.metrics = folder / "metrics.jsonl"
-        if self.metrics.is_file():
-            # points after the checkpoint that the run continues from will be made again
-            lines = self.metrics.read_text().splitlines()
-            beside = self.metrics.with_suffix(".partial")
-            beside.write_text("".join(line + "\n" for line in lines if _step_of(line) <= step))
-            os.replace(beside, self.metrics)
-        self.bar = tqdm(
-            total=recipe.train.max_steps,
-            initial=step,
-            unit="step",
-            desc=folder.name,
-            mininterval=0.5 if sys.stderr.isatty() else 20.0,
-            dynamic_ncols=True,
-        )
-        self._forget()
-
-    def log_step(
-        self,
-        step: int,
-        images: int,
-        result: engines.StepResult,
-        data_time: float,
-        step_time: float,
-    ) -> None:
-        """Count one optimiser step; images seen over all ranks, times in seconds."""
-        self.count += 1
-        if result.skipped:
-            self.skipped += 1
-        else:
-            self.losses.append(result.loss)
-        self.data_time += data_time
-        self.step_time += step_time
-        self.bar.update()
-        every = self.recipe.train.log_every
-        if step % every and step != self.recipe.train.max_steps:
-            return
-        count = self.count
-        point = {
-            "step": step,
-            "images_seen": images,
-            "loss": sum(self.losses) / len(self.losses) if self.losses else None,
-            "grad_norm": None if result.skipped else result.grad_norm,
-            "skipped": self.skipped,
-            "lr": engines.learning_rate(self.recipe, step - 1),
-            "images_per_s": count * self.recipe.train.batch_size / self.step_time,
-            "step_s": self.step_time / count,
-            "data_s": self.data_time / count,
-        }
-        loss = "not finite" if point["loss"] is None else f"{point['loss']:.4f}"
-        self.bar.set_postfix_str(
-            f"loss {loss}, {point['images_per_s']:.0f} images/s, "
-            f"{self.step_time / count * 1000:.0f} ms/step"
-        )
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(point) + "\n")
-        for name, value in point.items():
-            if name != "step" and value is not None:
-                self.board.add_scalar(f"train/{name}", value, step)
-        self._forget()
-
-    def _forget(self) -> None:
-        """Start a new interval of the log."""
-        self.losses: list[float] = []
-        self.count = self.skipped = 0
-        self.data_time = self.step_time = 0.0
-
-    def log_pictures(self, step: int, pictures: torch.Tensor) -> None:
-        """Write a grid of the recipe's prompts."""
-        grid = picture_grid(pictures, self.recipe.sample.prompts)
-        grid.save(self.samples / f"step-{step:08d}.png")
-        self.board.add_images("samples", to_uint8(pictures), step)
-
-    def close(self) -> None:
-        """Flush everything."""
-        self.bar.close()
-        self.board.close()
-
-
-def _step_of(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return sys.maxsize  # a line cut off by a kill
 
 
 def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[Learner, Recipe]:
