@@ -62,11 +62,13 @@ def ema_of(run: Path) -> dict[str, torch.Tensor]:
 def test_the_command_of_the_readme(tmp_path):
     """`deepspeed train/t2i.py` makes its data and trains, ZeRO 1 over two ranks."""
     script = str(ROOT / "train" / "t2i.py")
-    launch(tmp_path, script, "--config", "demo", "--train.max-steps", "20")
+    steps = ("--train.max-steps", "20", "--train.log-every", "10")
+    launch(tmp_path, script, "--config", "demo", *steps)
     run = tmp_path / "runs" / "demo"
     assert read_manifest(latest_checkpoint(run))["step"] == 20
     assert (run / "model" / "model.safetensors").is_file()
-    assert losses(run)[-1] < 1.2
+    first, last = losses(run)
+    assert last < 0.9 * first
 
 
 def test_two_ranks_equal_one_process_and_resume_exactly(tmp_path):
