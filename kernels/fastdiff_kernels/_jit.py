@@ -1,0 +1,56 @@
+"""Device functions that the Triton kernels share."""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+# Triton reads the same variable when a kernel is decorated.
+INTERPRETS = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def dot(a, b, acc=None):  # type: ignore[no-untyped-def]
+    """a @ b in float32, plus acc if there is one: the only way our kernels multiply matrices.
+
+    float32 operands are multiplied as such (no TF32). In the interpreter bfloat16 is widened first:
+    it would multiply the raw bits (triton issue 11584).
+    """
+    if INTERPRETS:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc=acc, input_precision="ieee", out_dtype=tl.float32)
+
+
+@triton.jit
+def sigmoid(x):  # type: ignore[no-untyped-def]
+    """1 / (1 + exp(-x)) of float32, without overflow."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def silu(x):  # type: ignore[no-untyped-def]
+    """x * sigmoid(x) of float32."""
+    return x * sigmoid(x)
+
+
+@triton.jit
+def silu_slope(x):  # type: ignore[no-untyped-def]
+    """Derivative of silu at x, float32."""
+    s = sigmoid(x)
+    return s * (1.0 + x * (1.0 - s))
+
+
+@triton.jit
+def gelu(x):  # type: ignore[no-untyped-def]
+    """x * Phi(x), by erf, of float32."""
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_slope(x):  # type: ignore[no-untyped-def]
+    """Derivative of gelu at x: Phi(x) + x * phi(x), float32."""
+    cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    return cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)

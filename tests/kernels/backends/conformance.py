@@ -1,0 +1,110 @@
+"""What a back end is held to: the numerics rule, and the checks every op's test makes.
+
+`eager` is the op's reference in the dtype of the call, `exact` the same in float64 on the same
+rounded inputs. For each result and each gradient: RMS error <= 1.5 times eager's + u * RMS(exact),
+and maximum error <= 2 times eager's + u * maximum, u = 2^-24, 2^-12, 2^-9 for float32, float16,
+bfloat16.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastdiff_kernels import backend
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not _INTERPRETED else "cpu"
+BACKEND = "triton" if DEVICE == "cuda" or _INTERPRETED else ""
+
+UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9}
+
+DTYPES = tuple(UNIT)
+
+Call = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+def run(call: Call, inputs: Sequence[Tensor | None], dys: Sequence[Tensor]) -> list[Tensor | None]:
+    """Results of a call, then the gradient for each input that requires one."""
+    results = call(*inputs)
+    results = results if isinstance(results, tuple) else (results,)
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    if not wanted:
+        return list(results)
+    pairs = [(r, dy.to(r.dtype)) for r, dy in zip(results, dys, strict=True) if r.requires_grad]
+    outputs, weights = zip(*pairs, strict=True)
+    grads = torch.autograd.grad(outputs, wanted, weights, allow_unused=True)
+    return [*(r.detach() for r in results), *grads]
+
+
+def check_numerics(
+    call: Call,
+    inputs: Sequence[Tensor | None],
+    dtype: torch.dtype,
+    *,
+    keep: Sequence[int] = (),
+) -> None:
+    """Hold a call to the numerics rule of the module, values and every gradient.
+
+    Args:
+        call: takes the inputs; made on the back end under test, and on the reference.
+        inputs: floating tensors on the CPU in any dtype, or None. All get a gradient.
+        dtype: of the call.
+        keep: positions of inputs that stay float32 (parameters beside low-precision activations).
+    """
+    rounded: list[Tensor | None] = [
+        None
+        if t is None
+        else t.detach().to(DEVICE, torch.float32 if i in keep else dtype).requires_grad_()
+        for i, t in enumerate(inputs)
+    ]
+    exact = [None if t is None else t.detach().double().requires_grad_() for t in rounded]
+    with torch.no_grad(), backend("reference"):
+        results = call(*exact)
+    results = results if isinstance(results, tuple) else (results,)
+    generator = torch.Generator().manual_seed(1)
+    dys = [
+        torch.randn(r.shape, generator=generator, dtype=torch.float64).to(dtype).to(DEVICE)
+        for r in results
+    ]
+    got = run(call, rounded, dys)
+    with backend("reference"):
+        eager = run(call, rounded, dys)
+        truth = run(call, exact, dys)
+    for index, (mine, plain, true) in enumerate(zip(got, eager, truth, strict=True)):
+        assert (mine is None) == (plain is None), index
+        if mine is None or plain is None or true is None:
+            continue
+        assert mine.dtype is plain.dtype, index
+        assert mine.shape == plain.shape, index
+        assert mine.isfinite().all() or not plain.isfinite().all(), index
+        if mine.numel() == 0:
+            continue
+        unit = UNIT[mine.dtype]
+        error, error_eager = (mine.double() - true).abs(), (plain.double() - true).abs()
+        for measure, factor in ((_rms, 1.5), (torch.max, 2.0)):
+            allowed = factor * measure(error_eager) + unit * measure(true.abs())
+            ratio = (measure(error) / allowed).item() if allowed > 0 else float(error.max() > 0)
+            assert ratio <= 1, (
+                f"tensor {index} of {len(got)}: {measure.__name__} error {measure(error):.3g} is "
+                f"{ratio:.2f} times the {allowed:.3g} allowed (eager: {measure(error_eager):.3g})"
+            )
+
+
+def _rms(tensor: Tensor) -> Tensor:
+    return tensor.square().mean().sqrt()
+
+
+def check_repeats(call: Call, inputs: Sequence[Tensor | None]) -> None:
+    """Two runs, values and gradients, are bit-identical."""
+    moved = [None if t is None else t.detach().to(DEVICE).requires_grad_() for t in inputs]
+    with torch.no_grad():
+        results = call(*moved)
+    results = results if isinstance(results, tuple) else (results,)
+    dys = [torch.randn_like(r) for r in results]
+    for a, b in zip(run(call, moved, dys), run(call, moved, dys), strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or b is None or torch.equal(a, b)
