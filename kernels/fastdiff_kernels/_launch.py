@@ -114,6 +114,11 @@ def override(kernel: str, key: str, config: Config) -> Iterator[None]:
         del _overrides[kernel, key]
 
 
+def planning() -> bool:
+    """True inside `recording`."""
+    return _record is not None
+
+
 def config(kernel: str, key: Sequence[object], on: Chip, default: Config) -> Config:
     """Block sizes, `num_warps` and `num_stages` of a launch.
 

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from fastdiff_kernels import _launch
+
 BACKENDS = ("auto", "reference", "native", "triton")
 
 # Read once: triton decides at the import of a kernel whether it interprets.
@@ -214,7 +216,8 @@ class Op:
             return f"it runs on cpu tensors, and these are on {device}"
         # `auto` never takes triton's interpreter: it is for tests, and orders of magnitude slower.
         interprets = _INTERPRETS and device == "cpu" and _asked != "auto"
-        if name == "triton" and device != "cuda" and not interprets:
+        planned = device == "meta" and _launch.planning()
+        if name == "triton" and device != "cuda" and not interprets and not planned:
             cure = "" if _INTERPRETS else "; TRITON_INTERPRET=1 lets it take cpu tensors"
             return f"it runs on cuda tensors, and these are on {device}{cure}"
         absent = _absent(name) or _load(self.name, name)
