@@ -54,3 +54,17 @@ def gelu_slope(x):  # type: ignore[no-untyped-def]
     """Derivative of gelu at x: Phi(x) + x * phi(x), float32."""
     cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
     return cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def round_to(x, dtype):  # type: ignore[no-untyped-def]
+    """float32 x in dtype, to nearest: how our kernels narrow.
+
+    The interpreter would cut the bits that bfloat16 lacks (and its "rtne" loses carries), so there
+    they are rounded first.
+    """
+    if INTERPRETS and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
