@@ -7,12 +7,14 @@ callable: a plain `autograd.Function` in eager mode, a registered operator where
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import importlib.util
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +30,8 @@ BACKENDS = ("auto", "reference", "native", "triton")
 _INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 
 _OPS: dict[str, Op] = {}
+
+_stand_in: Callable[[str, tuple[Any, ...]], Any] | None = None
 
 
 def _valid(name: str, source: str) -> str:
@@ -96,6 +100,24 @@ class backend:
 def _refresh() -> None:
     global _asked
     _asked = _entered[-1].name if _entered else _default
+
+
+@contextlib.contextmanager
+def stand_in(call: Callable[[str, tuple[Any, ...]], Any]) -> Iterator[None]:
+    """Let `call(op, form)` answer every call of every op instead of a back end.
+
+    For what looks at a model from outside: counting its bytes (`fastdiff.roofline`), or timing it
+    with other implementations of the ops. Process-wide, as `backend` is.
+
+    Args:
+        call: takes the op's name and the call in normal form (see `Op`), after all checks.
+    """
+    global _stand_in
+    before, _stand_in = _stand_in, call
+    try:
+        yield
+    finally:
+        _stand_in = before
 
 
 @dataclass(frozen=True)
@@ -194,6 +216,8 @@ class Op:
         return Explanation(self.name, _asked, taken, others)
 
     def _choose(self, form: tuple[Any, ...]) -> Callable[..., Any]:
+        if _stand_in is not None:
+            return functools.partial(_call_stand_in, self.name)
         if _asked == "reference" or (_asked == "auto" and not self._backends):
             return self._reference
         for name in ("triton", "native") if _asked == "auto" else (_asked,):
@@ -225,6 +249,11 @@ class Op:
             return absent
         supports = self._backends[name].supports
         return None if supports is None else supports(*form)
+
+
+def _call_stand_in(op: str, *form: Any) -> Any:
+    assert _stand_in is not None
+    return _stand_in(op, form)
 
 
 _absences: dict[str, str] = {}
@@ -322,6 +351,7 @@ def kernel(
     backward: Callable[..., None],
     saves: Sequence[str],
     grad_like: Mapping[str, str] | None = None,
+    grad_same: Mapping[str, str] | None = None,
     returned: int = 1,
 ) -> Callable[..., Any]:
     """Make one differentiable callable of kernels that fill the tensors they are given.
@@ -344,6 +374,8 @@ def kernel(
         saves: arguments and results, by name, that backward reads.
         grad_like: for a tensor argument that is not saved, the saved name that has its shape, dtype
             and memory format.
+        grad_same: tensor arguments whose gradient is that of another one, like the terms of a sum:
+            one tensor is filled for both, the other's.
         returned: how many results the caller gets; those after them only serve the backward.
 
     Returns:
@@ -360,7 +392,9 @@ def kernel(
     unknown = [n for n in saves if n not in tensors and n not in spec.results]
     if unknown:
         raise ValueError(f"kernel: {name} saves {unknown}, which are no tensors of its schema")
-    models = [(grad_like or {}).get(n, n) for n in tensors]
+    twins = {tensors.index(n): tensors.index(o) for n, o in (grad_same or {}).items()}
+    models = [(grad_same or {}).get(n, n) for n in tensors]
+    models = [(grad_like or {}).get(n, n) for n in models]
     for n, model in zip(tensors, models, strict=True):
         if model not in saves:
             raise ValueError(f"kernel: {name} does not save {model!r}, the model of {n}'s gradient")
@@ -433,7 +467,12 @@ def kernel(
         if all(grad is None for grad in grads):
             return (None,) * len(spec.types)
         needs = [ctx.needs_input_grad[at] for at in tensor_at]
-        return spread(by((*grads, *ctx.saved_tensors, *ctx.constants), needs))
+        for twin, other in twins.items():
+            needs[twin], needs[other] = False, needs[twin] or needs[other]
+        filled = by((*grads, *ctx.saved_tensors, *ctx.constants), needs)
+        for twin, other in twins.items():
+            filled[twin] = filled[other]
+        return spread(filled)
 
     def spread(filled: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         every: list[Tensor | None] = [None] * len(spec.types)
