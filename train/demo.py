@@ -19,9 +19,9 @@ from pathlib import Path
 from fastdiff.data import scenes
 from fastdiff.training.cli import parse_recipe
 
-# Joint agreement below which the demonstration counts as failed: the lowest of three seeds (0.727)
-# less 5 points, and 0.60 at least. demo_ascend has one seed so far, 0.733.
-GATES = {"demo": 0.67, "demo_ascend": 0.60}
+# Joint agreement below which the demonstration counts as failed: the lowest of three seeds (0.907)
+# less 5 points. The small ASCEND is held to the same.
+GATES = {"demo": 0.857, "demo_ascend": 0.857}
 CONTROL_LIMIT = 0.05
 TRAINED, HELD_OUT, CONTROL = 150, 60, 100
 
