@@ -1,0 +1,55 @@
+"""Options of the benchmarks, and the table at their end.
+
+The rows also go to the file that `--rows FILE` names, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from . import harness
+from .bench_ops import Options
+
+ROWS: list[harness.Row] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastdiff")
+    group.addoption("--compile", action="store_true", help="torch.compile as a rival on a CPU, too")
+    group.addoption("--max-autotune", action="store_true", help="and with mode max-autotune")
+    group.addoption("--rows", metavar="FILE", help="write every row as JSON")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def bench_options(request: pytest.FixtureRequest) -> Options:
+    gpu, most = torch.cuda.is_available(), request.config.getoption("--max-autotune")
+    compiled = gpu or most or request.config.getoption("--compile")
+    if gpu:
+        torch.backends.cudnn.benchmark = True
+        return Options(compile=compiled, max_autotune=most)
+    return Options(compile=compiled, max_autotune=most, rounds=15, seconds=0.7)
+
+
+@pytest.fixture
+def results() -> list[harness.Row]:
+    return ROWS
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if ROWS:
+        terminalreporter.section("fastdiff")
+        terminalreporter.write_line(harness.table(ROWS))
+    path = terminalreporter.config.getoption("--rows")
+    if path:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        found = {"environment": harness.environment(device), "rows": ROWS}
+        Path(path).write_text(json.dumps(found, indent=1) + "\n")
