@@ -42,6 +42,7 @@ def _arguments(
 
 
 _OP = _register.Op(_NAME, _arguments, reference.layer_norm_modulate)
+_OP.add("triton", "fastdiff_kernels.layer_norm_modulate.triton_kernels")
 
 
 def layer_norm_modulate(
