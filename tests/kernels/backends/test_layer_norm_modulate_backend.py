@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastdiff_kernels import backend, layer_norm_modulate
+from fastdiff_kernels import _launch, backend, layer_norm_modulate
 
 NAMES = ["x", "weight", "bias", "scale", "shift", "residual", "gate"]
 COMBINATIONS = [
@@ -83,6 +83,14 @@ def test_widths(names, C):
 @pytest.mark.parametrize("names", [["x", "weight", "bias"], NAMES], ids=" ".join)
 def test_rows(names, rows):
     check_both_ways(names, middle=(rows,))
+
+
+@pytest.mark.skipif(BACKEND != "triton", reason="its own way to share the rows out")
+def test_a_chip_with_many_processors():
+    """More programs than the second kernels add up at once."""
+    with _launch.pretend(_launch.Chip("default", 300, 101_376, 1 << 20)):
+        check_both_ways(["x", "weight", "bias"], B=1, middle=(16 * 129,))
+        check_both_ways(["x", "weight", "scale", "shift"], B=2, middle=(16 * 33 + 1,), C=65)
 
 
 def test_more_images_than_programs():
