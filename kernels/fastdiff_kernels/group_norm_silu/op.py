@@ -46,6 +46,7 @@ def _arguments(
 
 
 _OP = _register.Op(_NAME, _arguments, reference.group_norm_silu)
+_OP.add("triton", "fastdiff_kernels.group_norm_silu.triton_kernels")
 
 
 def group_norm_silu(

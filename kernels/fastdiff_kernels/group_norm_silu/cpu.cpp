@@ -1,0 +1,617 @@
+// group_norm_silu on CPUs, forward and backward, NCHW and channels_last.
+//
+// y = act((x - mean) * up + offset), up = rstd * weight * (1 + scale),
+// offset = bias * (1 + scale) + shift. The backward sums d and d * (x - mean) of every channel of
+// an image, where d = dy * act'; all gradients follow from these two and a second look at x and dy.
+// A mean is a float and what rounding took from it (`rest`), which offset makes good: else a mean
+// far from zero would cost as many digits as it has before the deviation's.
+//
+// NCHW: a piece of work is one group of one image, whose second reading comes from the cache.
+// channels_last: a piece is a run of pixels; statistics are taken per channel, then per group.
+// Statistics are means and sums of centred squares of small blocks, merged exactly.
+#include "../native/isa.h"
+
+namespace fastdiff {
+
+// `pixels` pixels of `channels` channels of one image. Element (pixel, channel) of x and dx lies at
+// pixel * x_pixel + channel * x_channel, of y and dy likewise; one of the two strides is 1.
+// Vectors (channels,) belong to these channels of this image.
+struct GroupNormTile {
+  Type type;
+  bool silu;
+  int64_t pixels, channels, x_pixel, x_channel, y_pixel, y_channel;
+  const void* x;
+  const void* dy;
+  void* y;
+  void* dx;
+  const float *mean, *up, *offset;  // of the group of each channel; see above
+  const float *slope, *constant;    // dx = up * d - constant - (x - mean) * slope
+  // (channels,), out: mean, centred squares and rest; or sums of d and of d * (x - mean)
+  float *first, *second, *third;
+};
+
+}  // namespace fastdiff
+
+FASTDIFF_KERNEL(group_norm_statistics, void, (const GroupNormTile& a))
+FASTDIFF_KERNEL(group_norm_apply, void, (const GroupNormTile& a))
+FASTDIFF_KERNEL(group_norm_sums, void, (const GroupNormTile& a))
+FASTDIFF_KERNEL(group_norm_apply_backward, void, (const GroupNormTile& a))
+
+#ifdef FASTDIFF_ISA
+#include "../native/simd.h"
+
+namespace fastdiff::FASTDIFF_ISA {
+namespace {
+
+constexpr int64_t block = 2048;  // elements whose mean and squares are taken at once
+
+// A vector of a channel's constant: the same in all lanes, or one for each lane's channel.
+struct Same {
+  FASTDIFF_INLINE V operator()(const float* p, auto) const { return all(*p); }
+};
+struct Each {
+  FASTDIFF_INLINE V operator()(const float* p, auto part) const { return load(p, part); }
+};
+
+// f(x offset, y offset, channel, part, reader of constants) over a tile, in the order of memory.
+template <class F>
+FASTDIFF_INLINE void for_tile(const GroupNormTile& a, F f) {
+  if (a.x_channel == 1 && a.y_channel == 1) {
+    for (int64_t p = 0; p < a.pixels; ++p)
+      for_vectors(a.channels, [&](int64_t c, auto part) {
+        f(p * a.x_pixel + c, p * a.y_pixel + c, c, part, Each{});
+      });
+  } else {
+    for (int64_t c = 0; c < a.channels; ++c)
+      for_vectors(a.pixels, [&](int64_t p, auto part) {
+        f(c * a.x_channel + p, c * a.y_channel + p, c, part, Same{});
+      });
+  }
+}
+
+// channels_last: f(first pixel, pixels, channel, part) for a few rows of pixels at a time, so that
+// sums over rows stay in registers and are short.
+template <class F>
+FASTDIFF_INLINE void for_rows(const GroupNormTile& a, F f) {
+  constexpr int64_t rows = 16;
+  for (int64_t p = 0; p < a.pixels; p += rows)
+    for_vectors(a.channels, [&](int64_t c, auto part) {
+      f(p, a.pixels - p < rows ? a.pixels - p : rows, c, part);
+    });
+}
+
+FASTDIFF_INLINE void clear(float* p, int64_t size) {
+  for_vectors(size, [&](int64_t i, auto part) { store(p + i, V{}, part); });
+}
+
+// What rounding took from the mean is found as the mean of the centred values.
+template <class T>
+void statistics_of_channels(const GroupNormTile& a) {
+  const T* x = static_cast<const T*>(a.x);
+  const float count = static_cast<float>(a.pixels);
+  clear(a.first, a.channels);
+  clear(a.second, a.channels);
+  clear(a.third, a.channels);
+  for_rows(a, [&](int64_t p, int64_t rows, int64_t c, auto part) {
+    V total{};
+    for (int64_t k = p; k < p + rows; ++k) total += load(x + k * a.x_pixel + c, part);
+    store(a.first + c, load(a.first + c, part) + total, part);
+  });
+  for_vectors(a.channels, [&](int64_t c, auto part) {
+    store(a.first + c, load(a.first + c, part) / count, part);
+  });
+  for_rows(a, [&](int64_t p, int64_t rows, int64_t c, auto part) {
+    const V mean = load(a.first + c, part);
+    V squares{}, rest{};
+    for (int64_t k = p; k < p + rows; ++k) {
+      const V centred = load(x + k * a.x_pixel + c, part) - mean;
+      rest += centred;
+      squares += centred * centred;
+    }
+    store(a.second + c, load(a.second + c, part) + squares, part);
+    store(a.third + c, load(a.third + c, part) + rest, part);
+  });
+  for_vectors(a.channels, [&](int64_t c, auto part) {
+    store(a.third + c, load(a.third + c, part) / count, part);
+  });
+}
+
+template <class T>
+void statistics_of_planes(const GroupNormTile& a) {
+  for (int64_t c = 0; c < a.channels; ++c) {
+    const T* x = static_cast<const T*>(a.x) + c * a.x_channel;
+    double mean = 0, squares = 0;
+    for (int64_t start = 0; start < a.pixels; start += block) {
+      const int64_t size = a.pixels - start < block ? a.pixels - start : block;
+      V total{}, rest{}, centred{};
+      for_vectors(size, [&](int64_t i, auto part) { total += load(x + start + i, part); });
+      const float middle = sum(total) / static_cast<float>(size);
+      for_vectors(size, [&](int64_t i, auto part) {
+        const V v = keep(load(x + start + i, part) - middle, part);
+        rest += v;
+        centred += v * v;
+      });
+      const double n = static_cast<double>(size), all = static_cast<double>(start + size);
+      const double correction = sum(rest) / n, delta = middle + correction - mean;
+      mean += delta * n / all;
+      squares += sum(centred) - correction * correction * n + delta * delta * n * (all - n) / all;
+    }
+    a.first[c] = static_cast<float>(mean);
+    a.second[c] = static_cast<float>(squares);
+    a.third[c] = static_cast<float>(mean - a.first[c]);
+  }
+}
+
+template <class T, bool SILU>
+void apply(const GroupNormTile& a) {
+  const T* x = static_cast<const T*>(a.x);
+  T* y = static_cast<T*>(a.y);
+  for_tile(a, [&](int64_t at, int64_t to, int64_t c, auto part, auto constant) {
+    const V v = (load(x + at, part) - constant(a.mean + c, part)) * constant(a.up + c, part) +
+                constant(a.offset + c, part);
+    store(y + to, SILU ? silu(v) : v, part);
+  });
+}
+
+// dy * act' where act was applied to (x - mean) * up + offset.
+template <bool SILU>
+FASTDIFF_INLINE V before_activation(V dy, V centred, V up, V offset) {
+  return SILU ? dy * silu_slope(centred * up + offset) : dy;
+}
+
+template <class T, bool SILU>
+void sums(const GroupNormTile& a) {
+  const T* x = static_cast<const T*>(a.x);
+  const T* dy = static_cast<const T*>(a.dy);
+  const auto both = [&](int64_t at, int64_t to, int64_t c, auto part, auto constant, V* centred) {
+    *centred = load(x + at, part) - constant(a.mean + c, part);
+    return before_activation<SILU>(load(dy + to, part), *centred, constant(a.up + c, part),
+                                   constant(a.offset + c, part));
+  };
+  if (a.x_channel == 1 && a.y_channel == 1) {
+    clear(a.first, a.channels);
+    clear(a.second, a.channels);
+    for_rows(a, [&](int64_t p, int64_t rows, int64_t c, auto part) {
+      V d_sum{}, x_sum{};
+      for (int64_t k = p; k < p + rows; ++k) {
+        V centred;
+        const V d = both(k * a.x_pixel + c, k * a.y_pixel + c, c, part, Each{}, &centred);
+        d_sum += d;
+        x_sum += d * centred;
+      }
+      store(a.first + c, load(a.first + c, part) + d_sum, part);
+      store(a.second + c, load(a.second + c, part) + x_sum, part);
+    });
+    return;
+  }
+  for (int64_t c = 0; c < a.channels; ++c) {
+    double first = 0, second = 0;
+    for (int64_t start = 0; start < a.pixels; start += block) {
+      const int64_t size = a.pixels - start < block ? a.pixels - start : block;
+      V d_sum{}, x_sum{};
+      for_vectors(size, [&](int64_t i, auto part) {
+        V centred;
+        const V d = both(c * a.x_channel + start + i, c * a.y_channel + start + i, c, part, Same{},
+                         &centred);
+        d_sum += d;  // 0 beyond the part, as dy is
+        x_sum += d * centred;
+      });
+      first += sum(d_sum);
+      second += sum(x_sum);
+    }
+    a.first[c] = static_cast<float>(first);
+    a.second[c] = static_cast<float>(second);
+  }
+}
+
+template <class T, bool SILU>
+void apply_backward(const GroupNormTile& a) {
+  const T* x = static_cast<const T*>(a.x);
+  const T* dy = static_cast<const T*>(a.dy);
+  T* dx = static_cast<T*>(a.dx);
+  for_tile(a, [&](int64_t at, int64_t to, int64_t c, auto part, auto constant) {
+    const V centred = load(x + at, part) - constant(a.mean + c, part);
+    const V up = constant(a.up + c, part);
+    const V d =
+        before_activation<SILU>(load(dy + to, part), centred, up, constant(a.offset + c, part));
+    const V rest = constant(a.constant + c, part) + centred * constant(a.slope + c, part);
+    store(dx + at, up * d - rest, part);
+  });
+}
+
+}  // namespace
+
+void group_norm_statistics(const GroupNormTile& a) {
+  with_type(a.type, [&](auto t) {
+    if (a.x_channel == 1 && a.x_pixel != 1) {
+      statistics_of_channels<decltype(t)>(a);
+    } else {
+      statistics_of_planes<decltype(t)>(a);
+    }
+  });
+}
+
+void group_norm_apply(const GroupNormTile& a) {
+  with_type(a.type,
+            [&](auto t) { a.silu ? apply<decltype(t), true>(a) : apply<decltype(t), false>(a); });
+}
+
+void group_norm_sums(const GroupNormTile& a) {
+  with_type(a.type,
+            [&](auto t) { a.silu ? sums<decltype(t), true>(a) : sums<decltype(t), false>(a); });
+}
+
+void group_norm_apply_backward(const GroupNormTile& a) {
+  with_type(a.type, [&](auto t) {
+    a.silu ? apply_backward<decltype(t), true>(a) : apply_backward<decltype(t), false>(a);
+  });
+}
+
+}  // namespace fastdiff::FASTDIFF_ISA
+#endif
+
+#ifdef FASTDIFF_REGISTER
+#include "../native/boundary.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+namespace fastdiff {
+namespace {
+
+constexpr const char* op = "group_norm_silu";
+
+// One call: the images, x and skip behind each other along the channels, and the parameters.
+struct Call {
+  bool channels_last;
+  Type type;
+  ScalarType dtype;
+  int64_t batch, pixels, channels, groups, bytes;
+  int64_t part[2];      // channels of x, of skip
+  const void* from[2];  // x, skip
+  const float *weight, *bias, *scale, *shift;
+
+  int64_t width() const { return channels / groups; }
+  int64_t first(int source) const { return source ? part[0] : 0; }
+
+  // Pixels of a piece in channels_last: about 2^14 elements.
+  int64_t piece_pixels() const { return std::max<int64_t>(1, (int64_t{1} << 14) / channels); }
+  int64_t pieces() const { return (pixels + piece_pixels() - 1) / piece_pixels(); }
+
+  // The strides of a tile of one source, its pointers still to be set.
+  GroupNormTile tile(int source, int64_t count, int64_t run) const {
+    GroupNormTile t{};
+    t.type = type;
+    t.pixels = run;
+    t.channels = count;
+    t.x_pixel = channels_last ? part[source] : 1;
+    t.x_channel = channels_last ? 1 : pixels;
+    t.y_pixel = channels_last ? channels : 1;
+    t.y_channel = channels_last ? 1 : pixels;
+    return t;
+  }
+
+  // Offsets in bytes of (image, channel, pixel) in a source, and in y.
+  int64_t in(int source, int64_t image, int64_t channel, int64_t pixel) const {
+    const int64_t c = channel - first(source), C = part[source];
+    return bytes * (image * pixels * C + (channels_last ? pixel * C + c : c * pixels + pixel));
+  }
+  int64_t out(int64_t image, int64_t channel, int64_t pixel) const {
+    return bytes * (image * pixels * channels +
+                    (channels_last ? pixel * channels + channel : channel * pixels + pixel));
+  }
+
+  // f(source, first channel, channels) for what of the channels c..c+n-1 lies in x and in skip.
+  template <class F>
+  void each_source(int64_t c, int64_t n, const F& f) const {
+    for (int source = 0; source < 2; ++source) {
+      const int64_t begin = std::max(c, first(source));
+      const int64_t end = std::min(c + n, first(source) + part[source]);
+      if (begin < end) f(source, begin, end - begin);
+    }
+  }
+
+  float gain(int64_t image, int64_t c) const {
+    return scale ? 1.f + scale[image * channels + c] : 1.f;
+  }
+};
+
+Call describe(const Tensor& x, const MaybeTensor& skip, const Tensor& weight, const Tensor& bias,
+              const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups,
+              bool channels_last) {
+  STD_TORCH_CHECK(x.dim() == 3 && (!skip || skip->dim() == 3), op, ": expected 3 dimensions");
+  const int64_t axis = channels_last ? 2 : 1;
+  Call c{};
+  c.channels_last = channels_last;
+  c.type = type_of(op, x);
+  c.dtype = x.scalar_type();
+  c.bytes = x.element_size();
+  c.batch = x.size(0);
+  c.pixels = x.size(3 - axis);
+  c.part[0] = x.size(axis);
+  c.part[1] = skip ? skip->size(axis) : 0;
+  c.channels = c.part[0] + c.part[1];
+  c.groups = groups;
+  STD_TORCH_CHECK(groups > 0 && c.channels % groups == 0, op, ": groups do not divide channels");
+  c.from[0] = data(op, "x", x, c.dtype, c.batch * c.pixels * c.part[0]);
+  c.from[1] = data(op, "skip", skip, c.dtype, c.batch * c.pixels * c.part[1]);
+  c.weight = floats(op, "weight", weight, c.channels);
+  c.bias = floats(op, "bias", bias, c.channels);
+  c.scale = floats(op, "scale", scale, c.batch * c.channels);
+  c.shift = floats(op, "shift", shift, c.batch * c.channels);
+  return c;
+}
+
+const char* at(const void* p, int64_t offset) { return static_cast<const char*>(p) + offset; }
+char* at(void* p, int64_t offset) { return static_cast<char*>(p) + offset; }
+
+// Of one group of one image; saved as three floats.
+struct Statistics {
+  float mean, rest, rstd;
+
+  // From those of its n channels, `count` pixels each.
+  static Statistics merge(const double* means, const double* squares, int64_t n, int64_t count,
+                          double eps) {
+    double total = 0, within = 0;
+    for (int64_t i = 0; i < n; ++i) total += means[i];
+    const double middle = total / static_cast<double>(n);
+    for (int64_t i = 0; i < n; ++i) {
+      const double delta = means[i] - middle;
+      within += squares[i] + delta * delta * static_cast<double>(count);
+    }
+    const auto mean = static_cast<float>(middle);
+    return {mean, static_cast<float>(middle - mean),
+            static_cast<float>(1 / std::sqrt(within / static_cast<double>(n * count) + eps))};
+  }
+};
+
+// Vectors (batch, channels) that a tile reads.
+struct Vectors {
+  int64_t channels;
+  std::vector<float> mean, up, offset, slope, constant;
+
+  explicit Vectors(const Call& c) : channels(c.channels) {
+    for (auto* v : {&mean, &up, &offset}) v->resize(c.batch * channels);
+  }
+  // For the channels of a group of an image, once its statistics are known.
+  void fill(const Call& call, int64_t image, int64_t group, const Statistics& s) {
+    const int64_t D = call.width();
+    for (int64_t i = group * D; i < (group + 1) * D; ++i) {
+      const int64_t k = image * channels + i;
+      const float gain = call.gain(image, i);
+      mean[k] = s.mean;
+      up[k] = s.rstd * (call.weight[i] * gain);
+      offset[k] = call.bias[i] * gain + (call.shift ? call.shift[k] : 0.f) - s.rest * up[k];
+    }
+  }
+  void attach(GroupNormTile* t, int64_t image, int64_t c) const {
+    const int64_t k = image * channels + c;
+    t->mean = &mean[k];
+    t->up = &up[k];
+    t->offset = &offset[k];
+    if (!slope.empty()) t->slope = &slope[k], t->constant = &constant[k];
+  }
+};
+
+void forward(const Tensor& x, const MaybeTensor& skip, const Tensor& weight, const Tensor& bias,
+             const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups, double eps,
+             bool silu, bool channels_last, const Tensor& y, const Tensor& statistics) {
+  const Call c = describe(x, skip, weight, bias, scale, shift, groups, channels_last);
+  void* y_ = data(op, "y", y, c.dtype, c.batch * c.pixels * c.channels);
+  auto* groups_ =
+      reinterpret_cast<Statistics*>(floats(op, "statistics", statistics, c.batch * groups * 3));
+  if (c.batch * c.pixels == 0) return;
+  const auto measure_tile = FASTDIFF_PICK(group_norm_statistics);
+  const auto apply_tile = FASTDIFF_PICK(group_norm_apply);
+  const int64_t D = c.width(), C = c.channels;
+  Vectors vectors(c);
+  // Mean, squares and rest of n channels, behind each other in `own`.
+  const auto measure = [&](int64_t image, int64_t channel, int64_t n, int64_t pixel, int64_t run,
+                           float* own) {
+    c.each_source(channel, n, [&](int source, int64_t begin, int64_t count) {
+      GroupNormTile t = c.tile(source, count, run);
+      t.x = at(c.from[source], c.in(source, image, begin, pixel));
+      t.first = own + (begin - channel);
+      t.second = t.first + n;
+      t.third = t.second + n;
+      measure_tile(t);
+    });
+  };
+  const auto settle = [&](int64_t image, int64_t g, const double* means, const double* squares) {
+    Statistics& s = groups_[image * groups + g];
+    s = Statistics::merge(means, squares, D, c.pixels, eps);
+    vectors.fill(c, image, g, s);
+  };
+  const auto apply = [&](int64_t image, int64_t channel, int64_t n, int64_t pixel, int64_t run) {
+    c.each_source(channel, n, [&](int source, int64_t begin, int64_t count) {
+      GroupNormTile t = c.tile(source, count, run);
+      t.silu = silu;
+      t.x = at(c.from[source], c.in(source, image, begin, pixel));
+      t.y = at(y_, c.out(image, begin, pixel));
+      vectors.attach(&t, image, begin);
+      apply_tile(t);
+    });
+  };
+
+  if (!channels_last) {
+    for_pieces(c.batch * groups, [&](int64_t i) {
+      const int64_t image = i / groups, g = i % groups;
+      std::vector<float> own(3 * D);
+      std::vector<double> means(D), squares(D);
+      measure(image, g * D, D, 0, c.pixels, own.data());
+      for (int64_t k = 0; k < D; ++k) {
+        means[k] = static_cast<double>(own[k]) + own[2 * D + k];
+        squares[k] = own[D + k];
+      }
+      settle(image, g, means.data(), squares.data());
+      apply(image, g * D, D, 0, c.pixels);
+    });
+    return;
+  }
+  const int64_t run = c.piece_pixels(), pieces = c.pieces();
+  const auto size = [&](int64_t piece) { return std::min(run, c.pixels - piece * run); };
+  std::vector<float> partial(c.batch * pieces * 3 * C);
+  for_pieces(c.batch * pieces, [&](int64_t i) {
+    measure(i / pieces, 0, C, i % pieces * run, size(i % pieces), &partial[i * 3 * C]);
+  });
+  for_pieces(c.batch, [&](int64_t image) {
+    std::vector<double> means(C), squares(C);
+    const float* own = &partial[image * pieces * 3 * C];
+    for (int64_t p = 0; p < pieces; ++p, own += 3 * C)
+      for (int64_t k = 0; k < C; ++k)
+        means[k] += (static_cast<double>(own[k]) + own[2 * C + k]) * static_cast<double>(size(p));
+    for (int64_t k = 0; k < C; ++k) means[k] /= static_cast<double>(c.pixels);
+    own = &partial[image * pieces * 3 * C];
+    for (int64_t p = 0; p < pieces; ++p, own += 3 * C)
+      for (int64_t k = 0; k < C; ++k) {
+        // about `own[k]`, so without rest; moved to the mean of the image
+        const double delta = own[k] - means[k], rest = own[2 * C + k];
+        squares[k] += own[C + k] + delta * (delta + 2 * rest) * static_cast<double>(size(p));
+      }
+    for (int64_t g = 0; g < groups; ++g) settle(image, g, &means[g * D], &squares[g * D]);
+  });
+  for_pieces(c.batch * pieces,
+             [&](int64_t i) { apply(i / pieces, 0, C, i % pieces * run, size(i % pieces)); });
+}
+
+void backward(const Tensor& dy, const Tensor& x, const MaybeTensor& skip, const Tensor& weight,
+              const Tensor& bias, const MaybeTensor& scale, const MaybeTensor& shift,
+              const Tensor& statistics, int64_t groups, bool silu, bool channels_last,
+              const MaybeTensor& dx, const MaybeTensor& dskip, const MaybeTensor& dweight,
+              const MaybeTensor& dbias, const MaybeTensor& dscale, const MaybeTensor& dshift) {
+  const Call c = describe(x, skip, weight, bias, scale, shift, groups, channels_last);
+  const int64_t D = c.width(), C = c.channels;
+  const void* dy_ = data(op, "dy", dy, c.dtype, c.batch * c.pixels * C);
+  void* to[2] = {data(op, "dx", dx, c.dtype, c.batch * c.pixels * c.part[0]),
+                 data(op, "dskip", dskip, c.dtype, c.batch * c.pixels * c.part[1])};
+  const auto* groups_ = reinterpret_cast<const Statistics*>(
+      floats(op, "statistics", statistics, c.batch * groups * 3));
+  float* dweight_ = floats(op, "dweight", dweight, C);
+  float* dbias_ = floats(op, "dbias", dbias, C);
+  float* dscale_ = floats(op, "dscale", dscale, c.batch * C);
+  float* dshift_ = floats(op, "dshift", dshift, c.batch * C);
+
+  Vectors vectors(c);
+  vectors.slope.resize(c.batch * C);
+  vectors.constant.resize(c.batch * C);
+  std::vector<double> first(c.batch * C), second(c.batch * C);  // sums of d, of d * x_hat
+  const auto sum_tile = FASTDIFF_PICK(group_norm_sums);
+  const auto apply_tile = FASTDIFF_PICK(group_norm_apply_backward);
+  const auto tile = [&](int source, int64_t image, int64_t begin, int64_t count, int64_t pixel,
+                        int64_t run) {
+    GroupNormTile t = c.tile(source, count, run);
+    t.silu = silu;
+    t.x = at(c.from[source], c.in(source, image, begin, pixel));
+    t.dy = at(dy_, c.out(image, begin, pixel));
+    vectors.attach(&t, image, begin);
+    return t;
+  };
+  // Sums of n channels over a run of pixels, behind each other in `own`.
+  const auto add_up = [&](int64_t image, int64_t channel, int64_t n, int64_t pixel, int64_t run,
+                          float* own) {
+    c.each_source(channel, n, [&](int source, int64_t begin, int64_t count) {
+      GroupNormTile t = tile(source, image, begin, count, pixel, run);
+      t.first = own + (begin - channel);
+      t.second = t.first + n;
+      sum_tile(t);
+    });
+  };
+  // dx = up * d - rstd * (m1 + x_hat * m2), m1 and m2 the means over the group of g * d and of
+  // g * d * x_hat, where g = weight * (1 + scale).
+  const auto settle = [&](int64_t image, int64_t g) {
+    const Statistics& s = groups_[image * groups + g];
+    double m1 = 0, m2 = 0;
+    for (int64_t i = g * D; i < (g + 1) * D; ++i) {
+      const int64_t k = image * C + i;
+      second[k] = s.rstd * (second[k] - s.rest * first[k]);
+      const double gain = static_cast<double>(c.weight[i]) * c.gain(image, i);
+      m1 += gain * first[k];
+      m2 += gain * second[k];
+    }
+    const double share = s.rstd / static_cast<double>(D * c.pixels);
+    const double slope = share * s.rstd * m2;
+    for (int64_t k = image * C + g * D; k < image * C + (g + 1) * D; ++k) {
+      vectors.slope[k] = static_cast<float>(slope);
+      vectors.constant[k] = static_cast<float>(share * m1 - slope * s.rest);
+    }
+  };
+  const auto apply = [&](int64_t image, int64_t channel, int64_t n, int64_t pixel, int64_t run) {
+    c.each_source(channel, n, [&](int source, int64_t begin, int64_t count) {
+      if (!to[source]) return;
+      GroupNormTile t = tile(source, image, begin, count, pixel, run);
+      t.dx = at(to[source], c.in(source, image, begin, pixel));
+      apply_tile(t);
+    });
+  };
+
+  for (int64_t i = 0; c.pixels && i < c.batch * groups; ++i)
+    vectors.fill(c, i / groups, i % groups, groups_[i]);
+  if (c.batch * c.pixels == 0) {
+    // no pixels, no sums: all gradients are 0
+  } else if (!channels_last) {
+    for_pieces(c.batch * groups, [&](int64_t i) {
+      const int64_t image = i / groups, g = i % groups;
+      std::vector<float> own(2 * D);
+      add_up(image, g * D, D, 0, c.pixels, own.data());
+      for (int64_t k = 0; k < D; ++k) {
+        first[image * C + g * D + k] = own[k];
+        second[image * C + g * D + k] = own[D + k];
+      }
+      settle(image, g);
+      apply(image, g * D, D, 0, c.pixels);
+    });
+  } else {
+    const int64_t run = c.piece_pixels(), pieces = c.pieces();
+    const auto size = [&](int64_t piece) { return std::min(run, c.pixels - piece * run); };
+    std::vector<float> partial(c.batch * pieces * 2 * C);
+    for_pieces(c.batch * pieces, [&](int64_t i) {
+      add_up(i / pieces, 0, C, i % pieces * run, size(i % pieces), &partial[i * 2 * C]);
+    });
+    for_pieces(c.batch, [&](int64_t image) {
+      const float* own = &partial[image * pieces * 2 * C];
+      for (int64_t p = 0; p < pieces; ++p, own += 2 * C)
+        for (int64_t k = 0; k < C; ++k) {
+          first[image * C + k] += own[k];
+          second[image * C + k] += own[C + k];
+        }
+      for (int64_t g = 0; g < groups; ++g) settle(image, g);
+    });
+    for_pieces(c.batch * pieces * (to[0] || to[1]),
+               [&](int64_t i) { apply(i / pieces, 0, C, i % pieces * run, size(i % pieces)); });
+  }
+
+  for (int64_t i = 0; i < C; ++i) {
+    double w = 0, b = 0;
+    for (int64_t image = 0; image < c.batch; ++image) {
+      const int64_t k = image * C + i;
+      w += c.gain(image, i) * second[k];
+      b += c.gain(image, i) * first[k];
+      if (dscale_) dscale_[k] = static_cast<float>(c.weight[i] * second[k] + c.bias[i] * first[k]);
+      if (dshift_) dshift_[k] = static_cast<float>(first[k]);
+    }
+    if (dweight_) dweight_[i] = static_cast<float>(w);
+    if (dbias_) dbias_[i] = static_cast<float>(b);
+  }
+}
+
+}  // namespace
+}  // namespace fastdiff
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastdiff_native, m) {
+  m.def(
+      "group_norm_forward(Tensor x, Tensor? skip, Tensor weight, Tensor bias, Tensor? scale, "
+      "Tensor? shift, int groups, float eps, bool silu, bool channels_last, Tensor(a!) y, "
+      "Tensor(b!) statistics) -> ()");
+  m.def(
+      "group_norm_backward(Tensor dy, Tensor x, Tensor? skip, Tensor weight, Tensor bias, "
+      "Tensor? scale, Tensor? shift, Tensor statistics, int groups, bool silu, "
+      "bool channels_last, Tensor(a!)? dx, Tensor(b!)? dskip, Tensor(c!)? dweight, "
+      "Tensor(d!)? dbias, Tensor(e!)? dscale, Tensor(f!)? dshift) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastdiff_native, CPU, m) {
+  m.impl("group_norm_forward", TORCH_BOX(&fastdiff::forward));
+  m.impl("group_norm_backward", TORCH_BOX(&fastdiff::backward));
+}
+#endif
