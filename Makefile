@@ -57,6 +57,17 @@ layout: $(STAMP)  ## the rules about files and imports
 unit: $(STAMP)  ## all tests that are not slow
 	$(call step,unit tests,$(PYTEST) -m "not slow" --ignore tests/test_layout.py)
 
+##@ Measure
+
+.PHONY: bench bench-gpu
+bench: $(STAMP)  ## the benchmarks, small, on the CPU
+	@$(PY) -m pytest benchmarks/ --benchmark-only
+
+# With the python that PYTHON names, else with .venv where it is there; it makes none.
+bench-gpu:  ## the kernels' tests and benchmarks on this machine's GPU, in 8 minutes
+	@PYTHONPATH=.:kernels $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(PY)),$(PYTHON),python3),$(PYTHON)) \
+	  -m benchmarks.run_gpu $(BENCH)
+
 ##@ Develop
 
 .PHONY: venv format clean help

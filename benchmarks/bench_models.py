@@ -1,74 +1,430 @@
-"""Both model families, forwards and in a training step, at widths that a CPU runs in seconds.
+"""Blocks and whole models, forwards and in training, against eager, torch.compile and the floor.
 
     pytest benchmarks/ --benchmark-only
 
-Each case checks that its output is finite before it is timed. Times of different runs on a shared
-machine do not compare; ratios within one run do.
+*training* is forward and backward, no optimiser. *floor* is the same module with only its products,
+dense convolutions, attention, residual adds and reshapes left (`rivals.floor`), in the same rounds;
+*x floor* is our time over it. *eager* is the model with each op as a user would write it, in the
+dtype of the weights. *peak* is the memory at the worst moment of training beyond weights, inputs
+and gradients. Ours counts compiled or not, whichever is faster; `times_us` has both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from fastdiff.models import Backbone, create_model
+from fastdiff import ops, roofline
+from fastdiff.models import create_model
+from fastdiff.models.iuvit import Block, IUViTConfig
+from fastdiff.nn import SwinBlock
+from fastdiff.ops import backend
 
-CASES: dict[str, tuple[str, dict[str, Any], int]] = {
-    "iuvit-32px": ("iuvit_cifar10", {"dim": 128, "layers": 5}, 8),
-    "ascend-32px": ("ascend_cifar10", {"channels": 64, "depth": 1}, 2),
-}
+from . import harness, rivals
+from .bench_ops import Options, mib, verdict
+from .harness import Job, Refused, Row, Timing
 
-
-@pytest.fixture(params=list(CASES))
-def case(request: pytest.FixtureRequest) -> tuple[Backbone, torch.Tensor, torch.Tensor]:
-    """A model, noised images and times, on the GPU if there is one."""
-    name, overrides, batch = CASES[request.param]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    model = create_model(name, **overrides).to(device)
-    x = torch.randn(batch, 3, 32, 32, device=device)
-    return model, x, torch.randint(0, 1000, (batch,), device=device)
+BF16, F32 = torch.bfloat16, torch.float32
+Draw = Callable[..., Tensor]
+Built = tuple[nn.Module, tuple[Any, ...]]
+FLOOR = "floor"
 
 
-def synchronized(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """`run`, ended by a wait for the GPU if there is one."""
+@dataclass(frozen=True)
+class Case:
+    """One module at one batch size.
 
-    def timed() -> torch.Tensor:
-        out = run()
-        if out.is_cuda:
-            torch.cuda.synchronize()
-        return out
+    Attributes:
+        name: the module and its batch.
+        build: makes it and its arguments, given a function of sizes that makes random tensors.
+        dtype: of weights and activations.
+        compiled: True: against torch.compile alone, which takes long; False: against the others;
+            None: all at once.
+        directions: of "forward" and "training".
+        preset: the model's name and batch, where its FLOPs can be counted.
+        goals: by direction and rival: our speed over it; for the floor our time over its.
+    """
 
-    return timed
+    name: str
+    build: Callable[[Draw], Built]
+    dtype: torch.dtype = BF16
+    compiled: bool | None = None
+    directions: tuple[str, ...] = ("forward", "training")
+    preset: tuple[str, int] | None = None
+    goals: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-def test_forward(
-    case: tuple[Backbone, torch.Tensor, torch.Tensor], benchmark: Callable[..., torch.Tensor]
-) -> None:
-    """One call of the network without gradients."""
-    model, x, t = case
-    model.eval()
-    with torch.no_grad():
-        assert bool(model(x, t).isfinite().all())
-        benchmark(synchronized(lambda: model(x, t)))
+def block(name: str, batch: int, goals: dict[str, dict[str, float]], **config: Any) -> Case:
+    """A transformer block of IU-ViT on its 16 x 16 grid, with text where the model has it."""
+    values = IUViTConfig(image_size=32, patch_size=2, **config)
+
+    def build(draw: Draw) -> Built:
+        text = None
+        if values.context_dim is not None:
+            mask = draw(batch, 256).ge(-10)
+            text = (draw(batch, 256, values.context_dim), mask)
+        return Block(values), (draw(batch, 257, values.dim).requires_grad_(), (16, 16), 1, text)
+
+    return Case(f"{name} block, batch {batch}", build, goals=goals)
 
 
-def test_training_step(
-    case: tuple[Backbone, torch.Tensor, torch.Tensor], benchmark: Callable[..., torch.Tensor]
-) -> None:
-    """Forward, backward and AdamW."""
-    model, x, t = case
-    optimizer = torch.optim.AdamW(model.parameters())
+def model(
+    preset: str,
+    batch: int,
+    *,
+    text: int = 256,
+    overrides: Mapping[str, Any] | None = None,
+    note: str = "",
+    **case: Any,
+) -> Case:
+    """A whole preset."""
 
-    def step() -> torch.Tensor:
-        loss = (model(x, t) - x).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
+    def build(draw: Draw) -> Built:
+        made = create_model(preset, **(overrides or {})).train()
+        config = made.config
+        x = draw(batch, config.in_channels, *config.image_size)
+        context = None
+        if config.context_dim is not None:
+            context = draw(batch, text, config.context_dim)
+        times = torch.arange(batch, device=x.device) * 999 // batch
+        return made, (x, times, context)
 
-    assert bool(step().isfinite())
-    benchmark(synchronized(step))
+    counted = None if overrides else (preset, batch)
+    return Case(f"{preset}, batch {batch}{note}", build, preset=counted, **case)
+
+
+_CIFAR = {"forward": {"compile": 1.15, FLOOR: 1.42}, "training": {"compile": 1.15, FLOOR: 1.36}}
+_CC12M = {"forward": {"compile": 1.08, FLOOR: 1.22}, "training": {"compile": 1.08, FLOOR: 1.18}}
+_STEP = {"training": {"eager NCHW": 1.5, FLOOR: 1.18, "memory": 0.8}}
+
+# In the order of importance.
+GPU = [
+    block("IU-ViT CIFAR", 128, _CIFAR, dim=512, layers=13),
+    block("IU-ViT CC12M", 64, _CC12M, dim=1024, layers=17, context_dim=1024),
+    model("ascend_t2i_128", 16, compiled=False, goals=_STEP),
+    model(
+        "ascend_t2i_128",
+        16,
+        note=", compiled",
+        compiled=True,
+        directions=("training",),
+        goals={"training": {"compile": 1.1}},
+    ),
+    model("iuvit_cifar10", 128, compiled=False, goals={"training": {"memory": 0.8}}),
+    model("iuvit_cc12m64", 64, compiled=False, goals={"training": {"memory": 0.8}}),
+]
+CPU = [
+    model("iuvit_cifar10", 4, overrides={"dim": 128, "layers": 5}, dtype=F32),
+    model("ascend_cifar10", 1, overrides={"channels": 64, "depth": 1}, dtype=F32),
+]
+_SMALL = {"channels": 16, "depth": 1, "multipliers": (1, 2), "attention_resolutions": (16,)}
+_SMALL |= {"head_dim": 16, "groups": 8, "window": 4, "context_dim": 8}
+TINY = [
+    model("iuvit_cifar10", 1, overrides={"dim": 64, "layers": 1}, dtype=F32),
+    model("ascend_cifar10", 1, text=3, overrides=_SMALL, dtype=F32),
+]
+
+
+def cases(device: torch.device) -> list[Case]:
+    return GPU if device.type == "cuda" else CPU
+
+
+@dataclass
+class Contestant:
+    """A module and the ops it runs on."""
+
+    module: Callable[..., Tensor]
+    ops: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    weights: nn.Module | None = None
+
+
+def as_nchw(module: nn.Module) -> nn.Module:
+    """A copy whose images are NCHW from the first convolution on, as code without a layout has it.
+
+    The models themselves ask for channels_last at their door, and Swin blocks give it.
+    """
+    made = copy.deepcopy(module).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    for part in made.modules():
+        if isinstance(part, SwinBlock):
+            part.register_forward_hook(lambda _, inputs, out: out.contiguous())
+        elif isinstance(part, nn.Conv2d) and part.groups == 1:
+            part.register_forward_pre_hook(lambda _, inputs: tuple(t.contiguous() for t in inputs))
+    return made
+
+
+class Problem:
+    """A case with its module and tensors, ready to run."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self.device = case, device
+        generator = torch.Generator(device).manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            drawn = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+            return drawn.to(case.dtype)
+
+        with torch.device(device):
+            module, self.arguments = case.build(draw)
+        with torch.no_grad():
+            for p in module.parameters():
+                if not p.any():  # what starts at zero would leave most gradients zero
+                    p.normal_(std=0.02, generator=generator)
+        for part in module.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0  # so that results compare
+        self.module = module.to(case.dtype)
+        self.inputs = [a for a in self.arguments if isinstance(a, Tensor) and a.requires_grad]
+        with torch.no_grad():
+            out = self.module(*self.arguments)
+        self.dy = torch.empty_like(out).normal_(generator=generator)
+
+    def contestants(self, options: Options) -> dict[str, Contestant]:
+        """Ours, the rivals and the floor; the compiled ones after the eager ones."""
+        found = {"ours": Contestant(self.module)}
+        if self.case.compiled is not True:
+            found["eager"] = Contestant(self.module, rivals.plain)
+            if any(isinstance(part, nn.Conv2d) for part in self.module.modules()):
+                nchw = as_nchw(self.module)
+                found["eager NCHW"] = Contestant(nchw, lambda: rivals.plain(nchw=True), nchw)
+            found[FLOOR] = Contestant(self.module, rivals.floor)
+        if options.compile and self.case.compiled is not False:
+            with rivals.plain(), torch.no_grad():
+                self.module(*self.arguments)  # makes Swin's masks outside of any trace
+            compiled = torch.compile(self.module, dynamic=False)
+            found["compile"] = Contestant(compiled, rivals.plain)
+            found["ours, compiled"] = Contestant(compiled)
+            if options.max_autotune:
+                most = torch.compile(self.module, dynamic=False, mode="max-autotune-no-cudagraphs")
+                found["compile max-autotune"] = Contestant(most, rivals.plain)
+        return found
+
+    def wanted(self, one: Contestant) -> list[Tensor]:
+        """What the training direction differentiates by."""
+        return [*(one.weights or self.module).parameters(), *self.inputs]
+
+    def forward(self, one: Contestant) -> Job:
+        def job() -> Tensor:
+            with torch.no_grad(), one.ops():
+                return one.module(*self.arguments)
+
+        return job
+
+    def training(self, one: Contestant) -> Job:
+        wanted = self.wanted(one)
+
+        def job() -> tuple[Tensor | None, ...]:
+            with one.ops():
+                out = one.module(*self.arguments)
+            return torch.autograd.grad(out, wanted, self.dy, allow_unused=True)
+
+        return job
+
+    def activations(self, one: Contestant) -> int | None:
+        """Peak memory of training beyond weights, inputs and gradients."""
+        if self.device.type != "cuda":
+            return None
+        wanted = self.wanted(one)
+        for tensor in wanted:
+            tensor.grad = torch.zeros_like(tensor)
+
+        def job() -> None:
+            with one.ops():
+                out = one.module(*self.arguments)
+            out.backward(self.dy)
+
+        try:
+            return harness.peak_memory(job, self.device)
+        finally:
+            for tensor in wanted:
+                tensor.grad = None
+
+    def check(self) -> float:
+        """Hold our output to 1.5 times the RMS error of eager, and gradients to being eager's.
+
+        Returns:
+            Our error over what is allowed.
+
+        Raises:
+            Refused: it is larger, or a gradient is not finite or far from eager's.
+        """
+        ours, eager = Contestant(self.module), Contestant(self.module, rivals.plain)
+        mine, plain = (self.forward(one)().double() for one in (ours, eager))
+        # Of a whole model in float32: what TF32 leaves is far more than bfloat16 has.
+        small = isinstance(self.module, Block)
+        wide = torch.float64 if small else torch.float32
+        exact = copy.deepcopy(self.module).to(wide)
+        cudnn = harness.without_cudnn() if small else contextlib.nullcontext()
+        with backend("reference"), cudnn, torch.no_grad():
+            truth = exact(*_widened(self.arguments, wide)).double()
+        del exact
+        unit = harness.UNIT[self.case.dtype]
+        allowed = 1.5 * harness.rms(plain - truth) + unit * harness.rms(truth)
+        if wide is self.case.dtype:
+            allowed = allowed + 16 * unit * harness.rms(truth)  # the truth is no better
+        ratio = float(harness.rms(mine - truth) / allowed)
+        if not ratio <= 1:
+            raise Refused(f"error is {ratio:.2f} times what is allowed")
+        grads = zip(self.training(ours)(), self.training(eager)(), strict=True)
+        error, size = 0.0, 0.0
+        for a, b in grads:
+            if (a is None) != (b is None):
+                raise Refused("a gradient is missing")
+            if a is not None and b is not None:
+                error += float((a.double() - b.double()).square().sum())
+                size += float(b.double().square().sum())
+        apart = (error / size) ** 0.5 if size else float("nan")
+        if not apart <= (0.2 if self.case.dtype is BF16 else 1e-3):
+            raise Refused(f"gradients are {apart:.2g} away from eager's")
+        return ratio
+
+
+def _widened(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_widened(item, dtype) for item in value)
+    return (
+        value.detach().to(dtype)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+    )
+
+
+def warm(case: Case, device: torch.device, options: Options) -> None:
+    """Compile and run everything of a case once."""
+    torch._dynamo.reset()
+    problem = Problem(case, device)
+    for one in problem.contestants(options).values():
+        for direction in case.directions:
+            try:
+                getattr(problem, direction)(one)()
+            except Exception as error:
+                harness.reason(error, device)
+    harness.synchronize(device)
+
+
+def run_case(case: Case, device: torch.device, options: Options) -> list[Row]:
+    """Check a case, time it, and make a row for each direction.
+
+    Raises:
+        Refused: our result is wrong.
+        harness.DeviceLost: the GPU's context broke.
+    """
+    torch._dynamo.reset()
+    problem = Problem(case, device)
+    margin = problem.check()
+    contestants = problem.contestants(options)
+    candidates = {
+        (name, direction): getattr(problem, direction)(one)
+        for name, one in contestants.items()
+        for direction in case.directions
+    }
+    timings = harness.measure(candidates, device, rounds=options.rounds, seconds=options.seconds)
+    memory: dict[str, float | None] = {}
+    if case.compiled is not True:
+        for name, one in contestants.items():
+            if name != FLOOR:
+                try:
+                    memory[name] = mib(problem.activations(one))
+                except Exception as error:
+                    harness.reason(error, device)
+    rows = []
+    for direction in case.directions:
+        timed = {name: timings[name, direction] for name in contestants}
+        row = make_row(case, direction, timed, memory, device)
+        row["margin"] = margin
+        rows.append(row)
+    return rows
+
+
+def backend_of(device: torch.device) -> str:
+    """The back end that calls of the layer norm take on a device."""
+    x = torch.zeros(1, 8, device=device)
+    return ops.explain(ops.layer_norm_modulate, x).backend or "none"
+
+
+def make_row(
+    case: Case,
+    direction: str,
+    timed: Mapping[str, Timing | str],
+    memory: Mapping[str, float | None],
+    device: torch.device,
+) -> Row:
+    """One row: ours against each rival and the floor."""
+    times = {n: 1e6 * t.seconds if isinstance(t, Timing) else t for n, t in timed.items()}
+    numbers = {n: t for n, t in times.items() if isinstance(t, float)}
+    mine = {n: t for n, t in numbers.items() if n.startswith("ours")}
+    if not mine:
+        raise Refused(f"{direction} could not be timed: {times['ours']}")
+    winner = min(mine, key=mine.__getitem__)
+    us, timing = mine[winner], timed[winner]
+    assert isinstance(timing, Timing)
+    row: Row = {
+        "case": case.name,
+        "dtype": str(case.dtype)[6:],
+        "direction": direction,
+        "backend": winner.replace("ours", backend_of(device)),
+        "us": us,
+        "times_us": times,
+        "spread": timing.spread,
+        "rounds": timing.rounds,
+        "how": timing.how,
+    }
+    others = {n: t for n, t in numbers.items() if n not in mine and n != FLOOR}
+    for prefix, some in (
+        ("best", others),
+        ("eager", {n: t for n, t in others.items() if n.startswith("eager")}),
+    ):
+        if some:
+            best = min(some, key=some.__getitem__)
+            row |= {prefix: best, f"{prefix}_us": some[best], f"over_{prefix}": some[best] / us}
+    ratios = {n: (t / us, True) for n, t in others.items()}
+    if FLOOR in numbers:
+        row["over_floor"] = us / numbers[FLOOR]
+        ratios[FLOOR] = (row["over_floor"], False)
+    if direction == "training":
+        row["memory"], row["peak_mib"] = dict(memory), memory.get("ours")
+        least = min((m for n, m in memory.items() if n.startswith("eager") and m), default=None)
+        own = memory.get("ours")
+        if least and own is not None:
+            row["peak_over_eager"] = own / least
+            ratios["memory"] = (own / least, False)
+    if case.preset is not None:
+        name, batch = case.preset
+        found = roofline.count(name, batch, training=direction == "training", dtype=case.dtype)
+        row["tflops"] = found.flops / us / 1e6
+        row["images_per_second"] = 1e6 * batch / us
+    if device.type == "cuda":
+        goals = case.goals.get(direction, {})
+        compared = [(n, ratios[n][0], aim, ratios[n][1]) for n, aim in goals.items() if n in ratios]
+        if compared:
+            row["goal"] = verdict(compared)
+    return row
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        some = cases(device)
+        metafunc.parametrize("case", some, ids=[case.name.replace(" ", "-") for case in some])
+
+
+def test_model(case: Case, benchmark: Any, bench_options: Options, results: list[Row]) -> None:
+    """One case: its rows, and our training as pytest-benchmark sees it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = run_case(case, device, bench_options)
+    results += rows
+    benchmark.extra_info["rows"] = rows
+    problem = Problem(case, device)
+    job = problem.training(Contestant(problem.module))
+
+    def timed() -> None:
+        job()
+        harness.synchronize(device)
+
+    benchmark.pedantic(timed, rounds=2, warmup_rounds=1)
