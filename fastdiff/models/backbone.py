@@ -13,6 +13,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastdiff.nn.attention import MHCA, MHSA, SpatialAttention, load_implementation
+
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
@@ -70,6 +72,32 @@ class Backbone(nn.Module):
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
         return next(self.parameters()).dtype
+
+    def set_attention(self: T, implementation: str | None, *, cross: str | None = None) -> T:
+        """Choose what computes this model's global and cross-attention; it is not saved with it.
+
+        Args:
+            implementation: "sdpa" | "flash" | "xformers", or None: what `fastdiff.nn.set_attention`
+                chose for all models.
+            cross: Likewise for the cross-attention to text, None = the same. flash-attn takes no
+                mask, so with text: `model.set_attention("flash", cross="sdpa")`.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: A name is none of the three.
+            ImportError: Its package cannot be imported.
+        """
+        cross = cross or implementation
+        for name in filter(None, (implementation, cross)):
+            load_implementation(name)
+        for module in self.modules():
+            if isinstance(module, MHCA):
+                module.implementation = cross
+            elif isinstance(module, (MHSA, SpatialAttention)):
+                module.implementation = implementation
+        return self
 
     def check_conditions(
         self,

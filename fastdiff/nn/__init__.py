@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastdiff.nn.attention import MHCA, MHSA, SpatialAttention
+from fastdiff.nn.attention import MHCA, MHSA, SpatialAttention, set_attention
 from fastdiff.nn.embedding import (
     LabelEmbedding,
     PatchEmbed,
@@ -42,5 +42,6 @@ __all__ = [
     "TimeEmbedding",
     "WindowAttention",
     "as_timesteps",
+    "set_attention",
     "timestep_embedding",
 ]

@@ -1,15 +1,176 @@
 """Global self-attention, cross-attention to text, and ADM's attention over pixels.
 
-Letters: B batch, L tokens, S text positions, D width, N heads, d head width, C channels.
+Letters: B batch, L tokens, S keys (text positions, or the tokens themselves), D width, N heads,
+d head width, C channels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from fastdiff.nn.norms import GroupNormSiLU
+
+IMPLEMENTATIONS = ("sdpa", "flash", "xformers")
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    keys = None if mask is None else mask[:, None, None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2)
+
+
+def _flash() -> Attend:
+    from flash_attn import flash_attn_func
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        _check_cuda("flash", q)
+        if mask is not None:
+            raise ValueError(
+                "attention: 'flash' takes no mask over keys, and cross-attention to text has one; "
+                "choose another for it: set_attention('flash', cross='sdpa')"
+            )
+        if q.dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"attention: 'flash' takes float16 and bfloat16, and q is {q.dtype}; cast the "
+                "model, use autocast, or choose 'sdpa'"
+            )
+        if q.shape[3] > 256:
+            raise ValueError(
+                f"attention: 'flash' takes heads of width up to 256, not {q.shape[3]}; "
+                "choose 'sdpa'"
+            )
+        repeatable = torch.are_deterministic_algorithms_enabled()
+        return flash_attn_func(q, k, v, deterministic=repeatable)
+
+    return attend
+
+
+def _xformers() -> Attend:
+    from xformers.ops import memory_efficient_attention
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        _check_cuda("xformers", q)
+        bias = None
+        if mask is not None:
+            # its rows must lie a multiple of 16 bytes apart, so a wider one is cut to S keys
+            B, S = mask.shape
+            bias = q.new_zeros(B, 1, 1, -(-S // 8) * 8)[..., :S]
+            bias.masked_fill_(~mask[:, None, None, :], -torch.inf)
+            bias = bias.expand(B, q.shape[2], q.shape[1], S)
+        return memory_efficient_attention(q, k, v, attn_bias=bias)
+
+    return attend
+
+
+def _check_cuda(name: str, q: Tensor) -> None:
+    if q.device.type != "cuda":
+        raise ValueError(
+            f"attention: {name!r} runs on cuda tensors, and q is on {q.device.type}; choose 'sdpa'"
+        )
+
+
+_packages = {"flash": (_flash, "flash-attn"), "xformers": (_xformers, "xformers")}
+_loaded: dict[str, Attend] = {"sdpa": _sdpa}
+# Plain globals, because torch.compile guards those: a compiled model recompiles for a new choice.
+_choice = _cross_choice = "sdpa"
+
+
+def load_implementation(name: str) -> str:
+    """Import what an implementation needs, once; returns the name.
+
+    Raises:
+        ValueError: the name is none of `IMPLEMENTATIONS`.
+        ImportError: its package cannot be imported.
+    """
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"attention: implementation={name!r}, expected one of {IMPLEMENTATIONS}")
+    if name not in _loaded:
+        make, package = _packages[name]
+        try:
+            _loaded[name] = make()
+        except ImportError as error:
+            raise ImportError(
+                f"attention: {name!r} needs {package}, which cannot be imported ({error}): "
+                f'pip install "fastdiff[{name}]"'
+            ) from error
+    return name
+
+
+class set_attention:
+    """Choose what computes global and cross-attention: by a call for good, by a `with` for a block.
+
+    The choice is process-wide and holds for all layers that have none of their own
+    (`model.set_attention`). Make it outside compiled functions; they recompile for a new one.
+
+    Args:
+        implementation: "sdpa" (PyTorch's, the default: it runs everywhere), "flash" (flash-attn),
+            "xformers" (its memory-efficient attention). Neither of the last two is ever taken
+            unasked, nor left for another where it cannot run a call: that raises.
+        cross: likewise for cross-attention, which has a mask; None = the same. flash-attn takes no
+            mask over keys, so with text: `set_attention("flash", cross="sdpa")`.
+
+    Raises:
+        ValueError: a name is none of the three.
+        ImportError: its package cannot be imported.
+
+    Example:
+        >>> with set_attention("sdpa"):
+        ...     y = model(x, t)
+    """
+
+    def __init__(self, implementation: str, *, cross: str | None = None) -> None:
+        global _choice, _cross_choice
+        chosen = load_implementation(implementation), load_implementation(cross or implementation)
+        self._before = _choice, _cross_choice
+        _choice, _cross_choice = chosen
+
+    def __enter__(self) -> set_attention:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        global _choice, _cross_choice
+        _choice, _cross_choice = self._before
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    implementation: str | None = None,
+) -> Tensor:
+    """Softmax attention, softmax(q k^T / sqrt(d)) v, with the implementation in force.
+
+    Args:
+        q: (B, L, N, d).
+        k: (B, S, N, d), dtype and device of q.
+        v: (B, S, N, d), likewise.
+        mask: (B, S) bool, True = valid, with no row all False; None = all valid.
+        implementation: "sdpa" | "flash" | "xformers"; None = the choice of `set_attention`.
+
+    Returns:
+        (B, L, N, d), dtype of q.
+
+    Raises:
+        ValueError: an unknown name; a call that the implementation cannot run: on another device
+            than cuda (flash, xformers), float32, a mask, heads wider than 256 (flash).
+        ImportError: the package of the implementation cannot be imported.
+
+    Numerics: flash is deterministic where `torch.use_deterministic_algorithms` asks for it.
+    """
+    if implementation is None:
+        implementation = _choice if mask is None else _cross_choice
+    if implementation not in _loaded:
+        load_implementation(implementation)
+    return _loaded[implementation](q, k, v, mask)
 
 
 def _heads(name: str, dim: int, head_dim: int) -> int:
@@ -20,6 +181,9 @@ def _heads(name: str, dim: int, head_dim: int) -> int:
 
 class MHSA(nn.Module):
     """Multi-head self-attention over all tokens.
+
+    Attributes (here, in `MHCA` and in `SpatialAttention`):
+        implementation: The layer's own choice, None = that of `set_attention`.
 
     Args:
         dim: D.
@@ -32,14 +196,15 @@ class MHSA(nn.Module):
 
     def __init__(self, dim: int, *, head_dim: int = 64, qkv_bias: bool = False) -> None:
         super().__init__()
+        self.implementation: str | None = None
         self.heads = _heads("MHSA", dim, head_dim)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) to (B, L, D)."""
-        q, k, v = rearrange(self.qkv(x), "b l (three n d) -> three b n l d", three=3, n=self.heads)
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b n l d -> b l (n d)"))
+        q, k, v = rearrange(self.qkv(x), "b l (three n d) -> three b l n d", three=3, n=self.heads)
+        return self.proj(attention(q, k, v, implementation=self.implementation).flatten(2))
 
 
 class MHCA(nn.Module):
@@ -58,6 +223,7 @@ class MHCA(nn.Module):
 
     def __init__(self, dim: int, context_dim: int, *, head_dim: int = 64) -> None:
         super().__init__()
+        self.implementation: str | None = None
         self.heads = _heads("MHCA", dim, head_dim)
         self.q = nn.Linear(dim, dim, bias=False)
         self.kv = nn.Linear(context_dim, 2 * dim, bias=False)
@@ -65,10 +231,9 @@ class MHCA(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
         """x (B, L, D), context (B, S, width), mask (B, S) bool with no row all False: (B, L, D)."""
-        q = rearrange(self.q(x), "b l (n d) -> b n l d", n=self.heads)
-        k, v = rearrange(self.kv(context), "b s (two n d) -> two b n s d", two=2, n=self.heads)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
-        return self.proj(rearrange(out, "b n l d -> b l (n d)"))
+        q = rearrange(self.q(x), "b l (n d) -> b l n d", n=self.heads)
+        k, v = rearrange(self.kv(context), "b s (two n d) -> two b s n d", two=2, n=self.heads)
+        return self.proj(attention(q, k, v, mask, implementation=self.implementation).flatten(2))
 
 
 class SpatialAttention(nn.Module):
@@ -87,6 +252,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels: int, *, head_dim: int = 64, groups: int = 32) -> None:
         super().__init__()
+        self.implementation: str | None = None
         self.norm = GroupNormSiLU(channels, groups=groups, activation="identity")
         self.heads = _heads("SpatialAttention", channels, head_dim)
         self.qkv = nn.Linear(channels, 3 * channels)
@@ -99,7 +265,7 @@ class SpatialAttention(nn.Module):
         _, _, height, width = x.shape
         tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
         q, k, v = rearrange(
-            self.qkv(tokens), "b l (three n d) -> three b n l d", three=3, n=self.heads
+            self.qkv(tokens), "b l (three n d) -> three b l n d", three=3, n=self.heads
         )
-        out = rearrange(F.scaled_dot_product_attention(q, k, v), "b n l d -> b l (n d)")
+        out = attention(q, k, v, implementation=self.implementation).flatten(2)
         return x + rearrange(self.proj(out), "b (h w) c -> b c h w", h=height, w=width)
