@@ -260,7 +260,7 @@ class Problem:
         small = isinstance(self.module, Block)
         wide = torch.float64 if small else torch.float32
         exact = copy.deepcopy(self.module).to(wide)
-        cudnn = harness.without_cudnn() if small else contextlib.nullcontext()
+        cudnn = harness.cudnn(enabled=not small, benchmark=False)
         with backend("reference"), cudnn, torch.no_grad():
             truth = exact(*_widened(self.arguments, wide)).double()
         del exact

@@ -109,8 +109,7 @@ def measure(
             found[name] = reason(error, device)
     found |= _rounds(ready, flush, rounds, seconds)
     ready.clear()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # the graphs' memory
+    free(device)  # the graphs' memory
     return {name: found[name] for name in candidates}
 
 
@@ -186,6 +185,9 @@ class _Graph:
             self.graph.replay()
             torch.cuda.synchronize()
         except Exception as error:
+            if pool is not None:  # the allocator would wait for the end of this capture
+                with contextlib.suppress(Exception):
+                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
             reason(error, device)  # raises where the context is lost
             self.graph, self.how, self.calls, self.flushed = None, "events", 1, False
 
@@ -268,6 +270,14 @@ def host_overhead(job: Job, device: torch.device, calls: int = 100) -> float:
     return min(samples)
 
 
+def free(device: torch.device) -> None:
+    """Give the memory back that nothing uses."""
+    gc.collect()
+    if device.type == "cuda":
+        with contextlib.suppress(RuntimeError):  # after a capture that failed
+            torch.cuda.empty_cache()
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the GPU, if it is one."""
     if device.type == "cuda":
@@ -285,7 +295,7 @@ def reason(error: BaseException, device: torch.device) -> str:
     except Exception as lost:
         raise DeviceLost(clean(f"{lost}")) from error
     if isinstance(error, torch.cuda.OutOfMemoryError):
-        torch.cuda.empty_cache()
+        free(device)
         return "n/a: out of memory"
     lines = [line for line in str(error).splitlines() if line.strip()] or [""]
     return f"n/a: {clean(f'{type(error).__name__}: {lines[0]}')[:160]}"
@@ -370,19 +380,23 @@ def exact(
     wide = [
         None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in inputs
     ]
-    with backend("reference"), without_cudnn():
+    with backend("reference"), cudnn(enabled=False, benchmark=False):
         return values_and_gradients(call, wide, dys)
 
 
 @contextlib.contextmanager
-def without_cudnn() -> Iterator[None]:
-    """For convolutions in float64: cuDNN's search for the fastest of them takes long."""
-    before = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = False
+def cudnn(*, enabled: bool, benchmark: bool) -> Iterator[None]:
+    """cuDNN on or off, with or without its search for the fastest convolution.
+
+    That search is part of a fair race, and takes too long where nothing is timed.
+    """
+    flags = torch.backends.cudnn
+    before = flags.enabled, flags.benchmark
+    flags.enabled, flags.benchmark = enabled, benchmark
     try:
         yield
     finally:
-        torch.backends.cudnn.enabled = before
+        flags.enabled, flags.benchmark = before
 
 
 def check(

@@ -139,6 +139,8 @@ def window_flex(
         raise ValueError("only padding that is masked")
     B, H, W, _ = qkv.shape
     index, region, mask = _made(qkv, window, shift)
+    # In bfloat16 its gradient, a sum over all windows by atomics, would come out wrong.
+    table = None if table is None else table.float()
     q, k, v = _windows(qkv, heads, window, shift)
     windows = q.shape[1]
 

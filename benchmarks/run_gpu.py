@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import importlib.util
 import json
 import os
@@ -42,7 +41,7 @@ from .harness import DeviceLost, Refused, Row
 ROOT = harness.ROOT
 LOST = 3  # exit status of a worker whose context broke
 # Seconds that one case may take, and at the end to write everything down.
-CAP, CAP_MODEL, CAP_COMPILED, CLOSING = 45.0, 80.0, 150.0, 8.0
+CAP, CAP_MODEL, CAP_COMPILED, CLOSING = 45.0, 110.0, 150.0, 8.0
 
 
 @dataclass(frozen=True)
@@ -132,9 +131,7 @@ def worker(args: argparse.Namespace) -> int:
                     tell(name=job.name, failed=f"the GPU's context broke: {error}", traceback=text)
                     return LOST
                 tell(name=job.name, failed=why, traceback=text)
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            harness.free(device)
     return 0
 
 
@@ -170,8 +167,7 @@ def warm(args: argparse.Namespace) -> int:
     for job in shares[part]:
         with contextlib.suppress(Exception):
             job.warm(device, args)
-        gc.collect()
-        torch.cuda.empty_cache()
+        harness.free(device)
     return 0
 
 
@@ -270,19 +266,21 @@ class Run:
 
     def benchmark(self, until: float) -> None:
         caps = {job.name: job.cap for job in jobs(self.args.dry)} | {"ceilings": 60.0}
-        events, done = self.folder / "events", self.folder / "done"
+        events, done, output = (self.folder / name for name in ("events", "done", "output"))
         seen = 0
         while time.time() < until and set(caps) - set(self.done) - {"ceilings"}:
             done.write_text(json.dumps(sorted(self.done)))
             events.touch()
             flags = ["--dry"] * self.args.dry + ["--max-autotune"] * self.args.max_autotune
             command = ["-m", "benchmarks.run_gpu", *flags, "--worker", str(events)]
-            process = self.start(*command, "--done", str(done), "--until", str(until))
+            command += ["--done", str(done), "--until", str(until)]
+            process = self.start(*command, output=output)
             current, since = "", time.time()
             stopped = ""
             while not stopped:
                 over = process.ended()
-                lines = events.read_text().splitlines()
+                text = events.read_text()
+                lines = text[: text.rfind("\n") + 1].splitlines()  # one may be half written
                 for line in lines[seen:]:
                     event = json.loads(line)
                     if "begin" in event:
@@ -299,12 +297,11 @@ class Run:
                     stopped, current = "the time is over", ""  # one more without a number
                 time.sleep(0.2)
             status = process.stop()
+            log = harness.clean(output.read_text(errors="replace")[-1500:])
             if current:
-                log = harness.clean((self.folder / "log").read_text(errors="replace")[-1500:])
                 why = stopped or f"the process ended with status {status}"
                 self.take({"name": current, "failed": why, "traceback": log})
             elif status != 0 and status != LOST and not stopped:
-                log = harness.clean((self.folder / "log").read_text(errors="replace")[-1500:])
                 self.failed["the benchmarks' process"] = {"failed": f"status {status}: {log}"}
                 break
             elif status == 0:

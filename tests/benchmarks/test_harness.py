@@ -481,7 +481,7 @@ def test_a_crash_and_a_hang_cost_one_case_each(
     def start(self: run_gpu.Run, *arguments: str, **_: object) -> run_gpu.Process:
         rest = [arguments[arguments.index(flag) + 1] for flag in ("--worker", "--done")]
         command = [sys.executable, "-c", WORKER, *rest]
-        return run_gpu.Process(command, run_gpu.environment(), self.folder / "log")
+        return run_gpu.Process(command, run_gpu.environment(), self.folder / "output")
 
     monkeypatch.setattr(run_gpu.Run, "start", start)
     run = run_gpu.Run(run_gpu.parser().parse_args(["--dry", "--out", str(tmp_path)]))
