@@ -354,8 +354,8 @@ def layer_norm_modulate_parameters(  # type: ignore[no-untyped-def]
 
 TUNABLE: dict[str, list[dict[str, int]]] = {
     name: [
-        {"CHUNKS": chunks, "PROGRAMS": programs, "num_warps": warps, "num_stages": stages}
-        for chunks, programs, warps, stages in product((1, 2, 3), (2, 3, 4, 6), (4, 8), (1, 2, 4))
+        {"PROGRAMS": programs, "num_warps": warps, "num_stages": stages}
+        for programs, warps, stages in product((2, 3, 4, 6), (4, 8), (2, 4))
     ]
     for name in ("layer_norm_modulate_forward", "layer_norm_modulate_backward")
 }
