@@ -27,7 +27,19 @@ def dot(a, b, acc=None):  # type: ignore[no-untyped-def]
 @triton.jit
 def sigmoid(x):  # type: ignore[no-untyped-def]
     """1 / (1 + exp(-x)) of float32, without overflow."""
-    return 1.0 / (1.0 + tl.exp(-x))
+    if INTERPRETS:
+        return 1.0 / (1.0 + tl.exp(-x))
+    # As accurate as Triton's own, and without its branches for denormal numbers, which are a third
+    # of all instructions of a kernel that moves data through silu: exp2(-x * log2(e)), and 1 / y.
+    return tl.inline_asm_elementwise(
+        "{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e;"
+        " add.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e; }",
+        "=f,f",
+        [x],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @triton.jit

@@ -47,6 +47,7 @@ def _arguments(
 
 _OP = _register.Op(_NAME, _arguments, reference.group_norm_silu)
 _OP.add("triton", "fastdiff_kernels.group_norm_silu.triton_kernels")
+_OP.add("native", "fastdiff_kernels.group_norm_silu.native_kernels")
 
 
 def group_norm_silu(

@@ -20,6 +20,7 @@ comes as HWV * V, so that the compiler sees how rows of pixels are aligned.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +48,19 @@ def _at(base, image, p, c, HW, C: tl.constexpr, NHWC: tl.constexpr):  # type: ig
 @triton.jit
 def _load(  # type: ignore[no-untyped-def]
     x, skip, image, p, c, inside, HW, C1: tl.constexpr, C2: tl.constexpr, NHWC: tl.constexpr,
-    LAST: tl.constexpr,
+    UNIT: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """A tile of cat([x, skip], 1) in float32, 0 outside; LAST: nobody reads it again."""
+    """A tile of cat([x, skip], 1) in float32, 0 outside; LAST: nobody reads it again.
+
+    UNIT channels, aligned to as many, lie in the same tensor.
+    """
     at = _at(x, image, p, c, HW, C1, NHWC)
     if skip is not None:
         at = tl.where(c[:, None] < C1, at, _at(skip, image, p, c - C1, HW, C2, NHWC))
+        if NHWC:
+            # The compiler takes the 8 channels to which C1 aligns the choice for 8 bytes.
+            BYTES: tl.constexpr = UNIT * x.dtype.element_ty.primitive_bitwidth // 8
+            at = tl.max_contiguous(tl.multiple_of(at, (BYTES, 1)), (UNIT, 1))
     policy: tl.constexpr = "evict_first" if LAST else ""
     return tl.load(at, mask=inside, other=0.0, eviction_policy=policy).to(tl.float32)
 
@@ -78,9 +86,12 @@ def _per_group(v, member):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _per_channel(v, member):  # type: ignore[no-untyped-def]
-    """Hand each channel its group's value."""
-    return tl.sum(tl.where(member, v[None, :], 0.0), 1)
+def _per_channel(v, which):  # type: ignore[no-untyped-def]
+    """Hand each channel its group's value.
+
+    A gather and no product with `member`: that would carry its thread layout into the tile's.
+    """
+    return tl.gather(v, which, 0)
 
 
 @triton.jit
@@ -103,7 +114,8 @@ def _moments(shift, s1, s2, member, n):  # type: ignore[no-untyped-def]
 def whole_forward(  # type: ignore[no-untyped-def]
     x, skip, weight, bias, scale, shift, y, mean, rstd, scale_row, shift_row, HWV, eps,
     C1: tl.constexpr, C2: tl.constexpr, CPG: tl.constexpr, NHWC: tl.constexpr, V: tl.constexpr,
-    SILU: tl.constexpr, GT: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    UNIT: tl.constexpr, SILU: tl.constexpr, GT: tl.constexpr, BG: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """One program: GT whole groups of one image, read once, kept in registers, written once."""
     C: tl.constexpr = C1 + C2
@@ -113,18 +125,19 @@ def whole_forward(  # type: ignore[no-untyped-def]
     pid = tl.program_id(0)
     image, tile = pid // TILES, pid % TILES
     lane, group, p = tl.arange(0, BC), tl.arange(0, BG), tl.arange(0, BP)
+    which = tl.minimum(lane // CPG, BG - 1)
     member = lane[:, None] // CPG == group[None, :]
     c, g = tile * (GT * CPG) + lane, tile * GT + group
     valid = (lane < GT * CPG) & (c < C)
     inside = valid[:, None] & (p[None, :] < HW)
-    v = _load(x, skip, image, p, c, inside, HW, C1, C2, NHWC, True)
+    v = _load(x, skip, image, p, c, inside, HW, C1, C2, NHWC, UNIT, True)
     n = HW.to(tl.float32) * CPG
     centre = _tile_mean(v, member, n)
-    d = tl.where(inside, v - _per_channel(centre, member)[:, None], 0.0)
+    d = tl.where(inside, v - _per_channel(centre, which)[:, None], 0.0)
     m, m2 = _moments(centre, tl.sum(d, 1), tl.sum(d * d, 1), member, n)
     r = tl.div_rn(1.0, tl.sqrt_rn(m2 / n + eps))
     w, b = _film(weight, bias, scale, shift, scale_row, shift_row, image, c, valid)
-    u = (v - _per_channel(m, member)[:, None]) * (_per_channel(r, member) * w)[:, None] + b[:, None]
+    u = (v - _per_channel(m, which)[:, None]) * (_per_channel(r, which) * w)[:, None] + b[:, None]
     if SILU:
         u = silu(u)
     tl.store(_at(y, image, p, c, HW, C, NHWC), u.to(y.dtype.element_ty), mask=inside)
@@ -137,9 +150,9 @@ def whole_forward(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["first", "HWV", "blocks", "chunks"])
 def statistics(  # type: ignore[no-untyped-def]
     x, skip, means, squares, first, HWV, blocks, chunks, C1: tl.constexpr, C2: tl.constexpr,
-    CPG: tl.constexpr, NHWC: tl.constexpr, V: tl.constexpr, GT: tl.constexpr, BG: tl.constexpr,
-    WIDTH: tl.constexpr, CS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
-    STAGES: tl.constexpr,
+    CPG: tl.constexpr, NHWC: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr,
+    GT: tl.constexpr, BG: tl.constexpr, WIDTH: tl.constexpr, CS: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations of one part: `blocks` tiles of an image, e read.
 
@@ -154,6 +167,7 @@ def statistics(  # type: ignore[no-untyped-def]
     tile, chunk, image = pid % TILES, pid // TILES % chunks, first + pid // TILES // chunks
     split, g0 = tile % CS, tile // CS * GT
     lane, group = tl.arange(0, BC), tl.arange(0, BG)
+    which = tl.minimum(lane // CPG, BG - 1)
     member = lane[:, None] // CPG == group[None, :]
     c = g0 * CPG + split * WIDTH + lane
     valid = (lane < WIDTH) & (c < C)
@@ -165,16 +179,16 @@ def statistics(  # type: ignore[no-untyped-def]
     begin, end = chunk * blocks, tl.minimum((chunk + 1) * blocks, tl.cdiv(HW, BP))
     p = begin * BP + tl.arange(0, BP)
     inside = valid[:, None] & (p[None, :] < HW)
-    v = _load(x, skip, image, p, c, inside, HW, C1, C2, NHWC, False)
+    v = _load(x, skip, image, p, c, inside, HW, C1, C2, NHWC, UNIT, False)
     n = tl.minimum(HW - begin * BP, BP).to(tl.float32) * channels
     centre = _tile_mean(v, member, n)
-    k = _per_channel(centre, member)[:, None]
+    k = _per_channel(centre, which)[:, None]
     s1 = tl.where(inside, v - k, 0.0)
     s2 = s1 * s1
     for i in tl.range(begin + 1, end, num_stages=STAGES):
         p = i * BP + tl.arange(0, BP)
         inside = valid[:, None] & (p[None, :] < HW)
-        v = _load(x, skip, image, p, c, inside, HW, C1, C2, NHWC, False)
+        v = _load(x, skip, image, p, c, inside, HW, C1, C2, NHWC, UNIT, False)
         d = tl.where(inside, v - k, 0.0)
         s1 += d
         s2 += d * d
@@ -192,9 +206,9 @@ def statistics(  # type: ignore[no-untyped-def]
 def apply(  # type: ignore[no-untyped-def]
     x, skip, weight, bias, scale, shift, y, mean, rstd, means, squares, scale_row, shift_row,
     first, HWV, eps, part_pixels, parts, blocks, chunks, C1: tl.constexpr, C2: tl.constexpr,
-    CPG: tl.constexpr, NHWC: tl.constexpr, V: tl.constexpr, SILU: tl.constexpr,
-    WIDTH: tl.constexpr, CS: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr,
-    BC: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+    CPG: tl.constexpr, NHWC: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr,
+    SILU: tl.constexpr, WIDTH: tl.constexpr, CS: tl.constexpr, BG: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Normalise, modulate, activate: `blocks` tiles of an image, e read and e written.
 
@@ -209,7 +223,7 @@ def apply(  # type: ignore[no-untyped-def]
     c = tile * BC + tl.arange(0, BC)
     valid = c < C
     g = tile * BC // CPG + tl.arange(0, BG)
-    member = c[:, None] // CPG == g[None, :]
+    which = c // CPG - tile * BC // CPG
     w, b = _film(weight, bias, scale, shift, scale_row, shift_row, image, c, valid)
 
     # Parts are merged exactly: shifted by the mean of the first.
@@ -236,15 +250,15 @@ def apply(  # type: ignore[no-untyped-def]
         tl.store(mean + image.to(tl.int64) * G + g, m, mask=mine)
         tl.store(rstd + image.to(tl.int64) * G + g, r, mask=mine)
 
-    m = _per_channel(m, member)[:, None]
-    w = (_per_channel(r, member) * w)[:, None]
+    m = _per_channel(m, which)[:, None]
+    w = (_per_channel(r, which) * w)[:, None]
     b = b[:, None]
     for i in tl.range(
         chunk * blocks, tl.minimum((chunk + 1) * blocks, tl.cdiv(HW, BP)), num_stages=STAGES
     ):
         p = i * BP + tl.arange(0, BP)
         inside = valid[:, None] & (p[None, :] < HW)
-        v = _load(x, skip, image, p, c, inside, HW, C1, C2, NHWC, True)
+        v = _load(x, skip, image, p, c, inside, HW, C1, C2, NHWC, UNIT, True)
         u = (v - m) * w + b
         if SILU:
             u = silu(u)
@@ -281,8 +295,8 @@ def _store(  # type: ignore[no-untyped-def]
 def whole_backward(  # type: ignore[no-untyped-def]
     dy, x, skip, weight, bias, scale, shift, mean, rstd, dx, dskip, zs, zxs, scale_row,
     shift_row, HWV, C1: tl.constexpr, C2: tl.constexpr, CPG: tl.constexpr, NHWC: tl.constexpr,
-    V: tl.constexpr, SILU: tl.constexpr, GT: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr,
-    BC: tl.constexpr,
+    V: tl.constexpr, UNIT: tl.constexpr, SILU: tl.constexpr, GT: tl.constexpr,
+    BG: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """One program: GT whole groups of one image; dy and x read, dx and sums per channel written."""
     C: tl.constexpr = C1 + C2
@@ -292,12 +306,13 @@ def whole_backward(  # type: ignore[no-untyped-def]
     pid = tl.program_id(0)
     image, tile = pid // TILES, pid % TILES
     lane, group, p = tl.arange(0, BC), tl.arange(0, BG), tl.arange(0, BP)
+    which = tl.minimum(lane // CPG, BG - 1)
     member = lane[:, None] // CPG == group[None, :]
     c = tile * (GT * CPG) + lane
     valid = (lane < GT * CPG) & (c < C)
     inside = valid[:, None] & (p[None, :] < HW)
     at = image.to(tl.int64) * G + c // CPG
-    v = _load(x, skip, image, p, c, inside, HW, C1, C2, NHWC, True)
+    v = _load(x, skip, image, p, c, inside, HW, C1, C2, NHWC, UNIT, True)
     z = tl.load(_at(dy, image, p, c, HW, C, NHWC), mask=inside, other=0.0).to(tl.float32)
     m = tl.load(mean + at, mask=valid, other=0.0)
     r = tl.load(rstd + at, mask=valid, other=0.0)
@@ -310,8 +325,8 @@ def whole_backward(  # type: ignore[no-untyped-def]
         tl.store(zxs + image.to(tl.int64) * C + c, sum_zx, mask=valid)
     if dx is not None or dskip is not None:
         n = HW.to(tl.float32) * CPG
-        mean_z = _per_channel(_per_group(w * sum_z, member) / n, member)
-        mean_zx = _per_channel(_per_group(w * sum_zx, member) / n, member)
+        mean_z = _per_channel(_per_group(w * sum_z, member) / n, which)
+        mean_zx = _per_channel(_per_group(w * sum_zx, member) / n, which)
         v = (z * w[:, None] - mean_z[:, None] - v * mean_zx[:, None]) * r[:, None]
         _store(dx, dskip, v, image, p, c, inside, HW, C1, C2, NHWC)
 
@@ -320,9 +335,9 @@ def whole_backward(  # type: ignore[no-untyped-def]
 def sums(  # type: ignore[no-untyped-def]
     dy, x, skip, weight, bias, scale, shift, mean, rstd, zs, zxs, group_zs, group_zxs,
     scale_row, shift_row, first, HWV, blocks, chunks, C1: tl.constexpr, C2: tl.constexpr,
-    CPG: tl.constexpr, NHWC: tl.constexpr, V: tl.constexpr, SILU: tl.constexpr,
-    GT: tl.constexpr, BG: tl.constexpr, WIDTH: tl.constexpr, CS: tl.constexpr,
-    BP: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+    CPG: tl.constexpr, NHWC: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr,
+    SILU: tl.constexpr, GT: tl.constexpr, BG: tl.constexpr, WIDTH: tl.constexpr,
+    CS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums of z and z x^ over one part, 2 e read: per channel for the parameters, and, weighted,
     per group for dx. Tiles as in `statistics`.
@@ -354,7 +369,7 @@ def sums(  # type: ignore[no-untyped-def]
         p = i * BP + tl.arange(0, BP)
         inside = valid[:, None] & (p[None, :] < HW)
         z = tl.load(_at(dy, image, p, c, HW, C, NHWC), mask=inside, other=0.0).to(tl.float32)
-        v = _load(x, skip, image, p, c, inside, HW, C1, C2, NHWC, False) - m[:, None]
+        v = _load(x, skip, image, p, c, inside, HW, C1, C2, NHWC, UNIT, False) - m[:, None]
         z = _slope(z, v * rw[:, None] + b[:, None], SILU)
         sum_z += z
         sum_zx += z * v
@@ -376,8 +391,8 @@ def input_gradients(  # type: ignore[no-untyped-def]
     dy, x, skip, weight, bias, scale, shift, mean, rstd, dx, dskip, group_zs, group_zxs,
     scale_row, shift_row, first, HWV, parts, blocks, chunks, tile0, tiles, C1: tl.constexpr,
     C2: tl.constexpr, CPG: tl.constexpr, NHWC: tl.constexpr, V: tl.constexpr,
-    SILU: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
-    PARTS: tl.constexpr, STAGES: tl.constexpr,
+    UNIT: tl.constexpr, SILU: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr,
+    BC: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx and dskip: `blocks` tiles of an image, 2 e read and e written; adds the parts up first."""
     C: tl.constexpr = C1 + C2
@@ -388,7 +403,7 @@ def input_gradients(  # type: ignore[no-untyped-def]
     c = tile * BC + tl.arange(0, BC)
     valid = c < C
     g = tile * BC // CPG + tl.arange(0, BG)
-    member = c[:, None] // CPG == g[None, :]
+    which = c // CPG - tile * BC // CPG
     at = image.to(tl.int64) * G + c // CPG
     m = tl.load(mean + at, mask=valid, other=0.0)
     r = tl.load(rstd + at, mask=valid, other=0.0)
@@ -404,8 +419,8 @@ def input_gradients(  # type: ignore[no-untyped-def]
         sum_zx += tl.sum(tl.load(group_zxs + of, mask=mask, other=0.0), 0)
     n = HW.to(tl.float32) * CPG
     # dx = rw z - offset - (x - mean) slope
-    offset = (r * _per_channel(sum_z / n, member))[:, None]
-    slope = (r * r * _per_channel(sum_zx / n, member))[:, None]
+    offset = (r * _per_channel(sum_z / n, which))[:, None]
+    slope = (r * r * _per_channel(sum_zx / n, which))[:, None]
     rw, m, b = (r * w)[:, None], m[:, None], b[:, None]
     for i in tl.range(
         chunk * blocks, tl.minimum((chunk + 1) * blocks, tl.cdiv(HW, BP)), num_stages=STAGES
@@ -414,7 +429,7 @@ def input_gradients(  # type: ignore[no-untyped-def]
         inside = valid[:, None] & (p[None, :] < HW)
         at_dy = _at(dy, image, p, c, HW, C, NHWC)
         z = tl.load(at_dy, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        v = _load(x, skip, image, p, c, inside, HW, C1, C2, NHWC, True) - m
+        v = _load(x, skip, image, p, c, inside, HW, C1, C2, NHWC, UNIT, True) - m
         z = _slope(z, v * rw + b, SILU)
         v = rw * z - offset - v * slope
         _store(dx, dskip, v, image, p, c, inside, HW, C1, C2, NHWC)
@@ -515,12 +530,16 @@ class _Shape:
         """Power of two that divides HW, where rows of pixels are contiguous."""
         return 1 if self.nhwc else min(16, self.HW & -self.HW)
 
-    def aligned(self, GT: int) -> bool:
-        """Whether tiles of GT groups begin at 16 bytes of a pixel, or as the widths allow."""
+    def unit(self, step: int) -> int:
+        """Channels, up to 16 bytes, that lie together if tiles begin at multiples of a step."""
         unit = 16 // self.itemsize if self.nhwc else 1
-        while self.C1 % unit or self.C2 % unit:
+        while self.C1 % unit or self.C2 % unit or step % unit:
             unit //= 2
-        return GT == self.G or GT * self.CPG % unit == 0
+        return unit
+
+    def aligned(self, step: int) -> bool:
+        """Whether such tiles begin at 16 bytes of a pixel, or as the widths allow."""
+        return self.unit(step) == self.unit(self.C)
 
     def constants(self) -> dict[str, Any]:
         return {
@@ -538,8 +557,8 @@ def _use(n: int, tile: int) -> float:
 def _whole(shape: _Shape, processors: int) -> dict[str, int] | None:
     """Tile of the kernels that keep whole groups in registers; None: they are too large.
 
-    In channels_last at least 64 bytes of a pixel, if that fits. Then few idle lanes; then no more
-    programs than it takes to fill the chip.
+    In channels_last at least 64 bytes of a pixel, if that fits; then enough programs for the chip;
+    then few idle lanes; then no more programs than it takes.
     """
     BP = power_of_two(shape.HW)
     found = []
@@ -547,16 +566,18 @@ def _whole(shape: _Shape, processors: int) -> dict[str, int] | None:
         BC = power_of_two(GT * shape.CPG)
         if BP * BC > _WHOLE:
             break
-        if shape.aligned(GT):
+        if shape.aligned(GT * shape.CPG):
             width = min(GT * shape.CPG * shape.itemsize, 64) if shape.nhwc else 0
             tiles = cdiv(shape.G, GT)
-            fills = BP * BC <= 4096 and shape.B * tiles >= 4 * processors
+            programs = min(shape.B * tiles, 2 * processors)
             use = round(20 * shape.C / (tiles * BC))
-            found.append((width, use, BP * BC if fills else -BP * BC, -GT, GT, BC))
+            size = BP * BC if BP * BC <= 4096 else -BP * BC
+            found.append((width, programs, use, size, -GT, GT, BC))
     if not found:
         return None
     *_, GT, BC = max(found)
-    return {"GT": GT, "BG": power_of_two(GT), "BP": BP, "BC": BC}
+    unit = shape.unit(GT * shape.CPG)
+    return {"GT": GT, "BG": power_of_two(GT), "BP": BP, "BC": BC, "UNIT": unit}
 
 
 @functools.lru_cache(1024)
@@ -569,7 +590,7 @@ def _reduction(shape: _Shape, block: int) -> dict[str, int]:
             use = round(20 * shape.C / (cdiv(shape.G, GT) * BC))
             # Around 128 bytes of a pixel: fewer parts than wider tiles give.
             distance = abs(BC * shape.itemsize - 128)
-            found.append((shape.aligned(GT), use, -distance, -GT, GT, BC))
+            found.append((shape.aligned(GT * shape.CPG), use, -distance, -GT, GT, BC))
         *_, GT, BC = max(found)
         WIDTH, CS = GT * shape.CPG, 1
     else:
@@ -578,7 +599,9 @@ def _reduction(shape: _Shape, block: int) -> dict[str, int]:
         WIDTH = BC = max(widths, key=lambda n: (min(_use(shape.CPG, n), 0.9), n))
         GT, CS = 1, cdiv(shape.CPG, WIDTH)
     BP = max(1, min(block // BC, power_of_two(shape.HW)))
-    return {"GT": GT, "BG": power_of_two(GT), "WIDTH": WIDTH, "CS": CS, "BP": BP, "BC": BC}
+    unit = shape.unit(math.gcd(GT * shape.CPG, WIDTH))
+    tile = {"GT": GT, "BG": power_of_two(GT), "WIDTH": WIDTH, "CS": CS}
+    return tile | {"BP": BP, "BC": BC, "UNIT": unit}
 
 
 @functools.lru_cache(1024)
@@ -597,7 +620,7 @@ def _pointwise(shape: _Shape, block: int) -> dict[str, int]:
     groups = max(cdiv(BC - 1, shape.CPG), 1) + 1  # that BC channels from anywhere can touch
     if BC % shape.CPG == 0 or shape.CPG % BC == 0:
         groups = cdiv(BC, shape.CPG)
-    return {"BG": power_of_two(groups), "BP": BP, "BC": BC}
+    return {"BG": power_of_two(groups), "BP": BP, "BC": BC, "UNIT": shape.unit(BC)}
 
 
 @functools.lru_cache(1024)
@@ -636,8 +659,11 @@ def _channels_last(x: Tensor) -> bool:
 
 
 def _dense(x: Tensor | None, nhwc: bool) -> Tensor | None:
+    """The tensor as the kernels read it: in that format, aligned."""
     layout = torch.channels_last if nhwc else torch.contiguous_format
-    return None if x is None else x.contiguous(memory_format=layout)
+    if x is None or (x.is_contiguous(memory_format=layout) and x.data_ptr() % 16 == 0):
+        return x
+    return x.clone(memory_format=layout)
 
 
 def _rows(vector: Tensor | None) -> Tensor | None:
