@@ -19,6 +19,7 @@ CPP := $(shell find kernels -name '*.cpp' -o -name '*.h')
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Two processes share the two cores of a small machine.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+INTERPRET := TRITON_INTERPRET=1
 # A named step that tells its time: $(call step,name,command)
 step = @echo "== $(1)"; start=$$SECONDS; \
   if $(2); then echo "== $(1): $$((SECONDS - start)) s"; \
@@ -35,14 +36,20 @@ demo-ascend: $(STAMP)  ## the same job with a small ASCEND
 
 ##@ Check
 
-.PHONY: test test-full lint types layout unit
-test: $(STAMP)  ## what CI runs: lint, types, layout, the unit tests
+.PHONY: test test-full test-gpu lint types layout unit interpreter aot
+test: $(STAMP)  ## what CI runs: lint, types, layout, unit tests, the Triton kernels without a GPU
 	@$(MAKE) --no-print-directory lint types layout
 	@$(MAKE) --no-print-directory unit
+	@$(MAKE) --no-print-directory interpreter aot
 
 test-full: $(STAMP)  ## `make test`, and the slow tests
 	@$(MAKE) --no-print-directory test
 	$(call step,slow tests,$(PYTEST) -m slow)
+	$(call step,slow tests of the Triton kernels,$(INTERPRET) $(PYTEST) tests/kernels/backends -m slow)
+	$(call step,ahead-of-time compile of everything,$(PY) -m benchmarks.aot_report --full)
+
+test-gpu: $(STAMP)  ## the Triton kernels' tests on this machine's GPU
+	$(call step,Triton kernels on the GPU,$(PY) -m pytest tests/kernels/backends)
 
 lint: $(STAMP)  ## ruff and clang-format
 	$(call step,lint,$(PY) -m ruff check . && $(PY) -m ruff format --check . \
@@ -56,6 +63,14 @@ layout: $(STAMP)  ## the rules about files and imports
 
 unit: $(STAMP)  ## all tests that are not slow
 	$(call step,unit tests,$(PYTEST) -m "not slow" --ignore tests/test_layout.py)
+
+interpreter: $(STAMP)  ## the Triton kernels' tests, interpreted on the CPU
+	$(call step,Triton kernels interpreted,$(INTERPRET) $(PYTEST) tests/kernels/backends -m "not slow")
+	$(call step,training on two back ends,$(INTERPRET) OMP_NUM_THREADS=1 $(PY) -m \
+	  benchmarks.convergence triton reference --steps 20 --out runs/convergence)
+
+aot: $(STAMP)  ## compile every Triton kernel for sm_80 and sm_90 and judge the machine code
+	$(call step,ahead-of-time compile,$(PY) -m benchmarks.aot_report)
 
 ##@ Measure
 

@@ -191,13 +191,18 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def large_tensors(launch: _launch.Launch) -> set[str]:
-    """Names of the tensors that make up the traffic: at least an eighth of the largest."""
-    sizes = {
-        name: value.numel() * value.element_size()
-        for name, value in launch.arguments.items()
-        if isinstance(value, Tensor)
+    """Names of the tensors that make up the traffic: activations, and workspaces as large as they.
+
+    That is an eighth of the largest at least; half of it for another dtype than the largest has.
+    """
+    tensors = {n: value for n, value in launch.arguments.items() if isinstance(value, Tensor)}
+    largest = max(tensors.values(), key=lambda t: t.numel() * t.element_size())
+    whole = largest.numel() * largest.element_size()
+    return {
+        name
+        for name, t in tensors.items()
+        if t.numel() * t.element_size() * (8 if t.dtype is largest.dtype else 2) >= whole
     }
-    return {name for name, size in sizes.items() if 8 * size >= max(sizes.values())}
 
 
 _ACCESS = re.compile(r"^(?:@\S+\s+)?(ld|st)\.global\S*?((?:\.v\d)?)\.[busf](\d+)\s+(.*);")

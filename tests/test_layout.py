@@ -182,7 +182,7 @@ def test_op_folders_hold_the_same_files() -> None:
     ops = sorted(path.parent for path in KERNELS.glob("*/op.py"))
     assert len(ops) >= 4
     always = {"__init__.py", "op.py", "reference.py"}
-    also = {"triton_kernels.py", "cpu.cpp", "README.md"}
+    also = {"triton_kernels.py", "native_kernels.py", "cpu.cpp", "README.md"}
     for op in ops:
         files = {path.name for path in op.iterdir() if path.is_file()}
         assert always <= files <= always | also, f"{op.name}: {sorted(files)}"

@@ -6,11 +6,14 @@ library's functions are then `torch.ops.fastdiff_native.*`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("libfastdiff_cpu.so")
 LEVELS = ("portable", "x86-64-v3", "avx512", "avx512_bf16")
@@ -71,6 +74,29 @@ def cpu_level() -> str:
     """
     load()
     return LEVELS[torch.ops.fastdiff_native.cpu_level()]
+
+
+def float32(tensor: Tensor | None) -> Tensor | None:
+    """A small argument (a weight, a vector) as the kernels read it: float32 and contiguous."""
+    return None if tensor is None else tensor.float().contiguous()
+
+
+@contextlib.contextmanager
+def float32_buffers(targets: Sequence[Tensor | None]) -> Iterator[list[Tensor | None]]:
+    """What kernels write small gradients to: the tensors themselves where they are float32.
+
+    The others get a buffer, and its rounded content at the end.
+    """
+    buffers = [
+        t
+        if t is None or (t.dtype is torch.float32 and t.is_contiguous())
+        else torch.empty(t.shape, dtype=torch.float32)
+        for t in targets
+    ]
+    yield buffers
+    for target, buffer in zip(targets, buffers, strict=True):
+        if target is not None and buffer is not None and buffer is not target:
+            target.copy_(buffer)
 
 
 def _load(library: Path) -> str | None:

@@ -181,7 +181,8 @@ class Op:
         Args:
             name: "native" or "triton".
             call: takes the normal form; or the name of a module with functions `call` and
-                `supports`, which is imported when a call first asks for it and not before.
+                `supports`, which is imported when a call first asks for it and not before;
+                "module:function" where one module holds several ops.
             supports: takes the normal form; returns None, or why it cannot run the call.
         """
         if name not in BACKENDS[2:]:
@@ -290,8 +291,9 @@ def _load(op: str, name: str) -> str:
     entry = _OPS[op]._backends[name]
     if entry.call is None:
         assert entry.module is not None
-        module = importlib.import_module(entry.module)
-        entry.supports, entry.call = module.supports, module.call
+        name, _, function = entry.module.partition(":")
+        module = importlib.import_module(name)
+        entry.supports, entry.call = module.supports, getattr(module, function or "call")
     return ""
 
 

@@ -43,6 +43,7 @@ def _arguments(
 
 _OP = _register.Op(_NAME, _arguments, reference.layer_norm_modulate)
 _OP.add("triton", "fastdiff_kernels.layer_norm_modulate.triton_kernels")
+_OP.add("native", "fastdiff_kernels.layer_norm_modulate.native_kernels")
 
 
 def layer_norm_modulate(

@@ -25,6 +25,17 @@
 
 namespace fastdiff {
 
+// Elements of 16 bits; arithmetic is float32 throughout (simd.h).
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+// Of a call's activations. All that is small beside them comes as float32.
+enum class Type { f32, bf16, f16 };
+
 // Ordered: a machine of one level runs every lower one. The numbers and the names in isa.cpp are
 // what tests and `fastdiff info` see.
 enum class Level : int64_t { portable = 0, x86_64_v3 = 1, avx512 = 2, avx512_bf16 = 3 };

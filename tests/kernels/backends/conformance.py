@@ -18,7 +18,11 @@ from fastdiff_kernels import backend
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not _INTERPRETED else "cpu"
-BACKEND = "triton" if DEVICE == "cuda" or _INTERPRETED else ""
+BACKEND = os.environ.get("FASTDIFF_TEST_BACKEND") or (
+    "triton" if DEVICE == "cuda" or _INTERPRETED else ""
+)
+if BACKEND == "native":
+    DEVICE = "cpu"
 
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9}
 

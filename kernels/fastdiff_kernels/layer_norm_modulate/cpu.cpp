@@ -1,0 +1,345 @@
+// layer_norm_modulate on CPUs, forward and backward. Rows are contiguous: (B, R, C).
+//
+// y = (r - mean) * rstd * (weight * (1 + scale)) + (bias * (1 + scale) + shift), with the two
+// combined vectors made once for an image. The backward sums dy and dy * x_hat over the rows of an
+// image; the gradients of weight, bias, scale and shift all follow from these two.
+#include "../native/isa.h"
+
+namespace fastdiff {
+
+// Rows of one image. What is absent is null.
+struct LayerNormRows {
+  Type type;
+  int64_t rows, channels;
+  const void *x, *residual;
+  const float *gate, *weight, *bias, *scale, *shift;  // (C,): of this image
+  float eps;
+  void *y, *r;         // r only with residual
+  float *mean, *rstd;  // (rows,)
+};
+
+struct LayerNormRowsBackward {
+  Type type;
+  int64_t rows, channels;
+  const void *dy, *dr, *r, *x;  // x only for dgate
+  const float *gate, *weight, *scale, *mean, *rstd;
+  void *dx, *dresidual;
+  float *sum_dy, *sum_dy_xhat, *dgate;  // (C,): sums over these rows
+};
+
+}  // namespace fastdiff
+
+FASTDIFF_KERNEL(layer_norm_rows, void, (const LayerNormRows& a))
+FASTDIFF_KERNEL(layer_norm_rows_backward, void, (const LayerNormRowsBackward& a))
+
+#ifdef FASTDIFF_ISA
+#include "../native/simd.h"
+
+namespace fastdiff::FASTDIFF_ISA {
+namespace {
+
+FASTDIFF_INLINE V or_all(const float* p, int64_t i, auto part, float absent) {
+  return p ? load(p + i, part) : all(absent);
+}
+
+template <class T>
+void forward(const LayerNormRows& a) {
+  const int64_t C = a.channels;
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const T* x = static_cast<const T*>(a.x) + row * C;
+    const T* r = x;
+    V total{};
+    if (a.residual) {
+      const T* residual = static_cast<const T*>(a.residual) + row * C;
+      T* written = static_cast<T*>(a.r) + row * C;
+      for_vectors(C, [&](int64_t i, auto part) {
+        const V sum = load(residual + i, part) + or_all(a.gate, i, part, 1.f) * load(x + i, part);
+        store(written + i, sum, part);
+        total += load(written + i, part);  // the statistics are those of the rounded sum
+      });
+      r = written;
+    } else {
+      for_vectors(C, [&](int64_t i, auto part) { total += load(x + i, part); });
+    }
+    // The second pass also corrects the mean, which a large one needs.
+    const float about = sum(total) / static_cast<float>(C);
+    V squares{}, rest{};
+    for_vectors(C, [&](int64_t i, auto part) {
+      const V centred = keep(load(r + i, part) - about, part);
+      rest += centred;
+      squares += centred * centred;
+    });
+    const float correction = sum(rest) / static_cast<float>(C), mean = about + correction;
+    const float variance = sum(squares) / static_cast<float>(C) - correction * correction;
+    const float rstd = 1.f / __builtin_sqrtf(variance + a.eps);
+    a.mean[row] = mean;
+    a.rstd[row] = rstd;
+    T* y = static_cast<T*>(a.y) + row * C;
+    for_vectors(C, [&](int64_t i, auto part) {
+      V v = (load(r + i, part) - mean) * rstd;
+      if (a.weight) v = v * load(a.weight + i, part);
+      if (a.bias) v = v + load(a.bias + i, part);
+      if (a.scale) v = v * (1.f + load(a.scale + i, part));
+      if (a.shift) v = v + load(a.shift + i, part);
+      store(y + i, v, part);
+    });
+  }
+}
+
+template <class T>
+void backward(const LayerNormRowsBackward& a) {
+  const int64_t C = a.channels;
+  for (int64_t i = 0; i < C; ++i) {
+    if (a.sum_dy) a.sum_dy[i] = a.sum_dy_xhat[i] = 0.f;
+    if (a.dgate) a.dgate[i] = 0.f;
+  }
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const T* dy = a.dy ? static_cast<const T*>(a.dy) + row * C : nullptr;
+    const T* dr = a.dr ? static_cast<const T*>(a.dr) + row * C : nullptr;
+    const T* r = static_cast<const T*>(a.r) + row * C;
+    const T* x = a.x ? static_cast<const T*>(a.x) + row * C : nullptr;
+    T* dx = a.dx ? static_cast<T*>(a.dx) + row * C : nullptr;
+    T* dresidual = a.dresidual ? static_cast<T*>(a.dresidual) + row * C : nullptr;
+    const float mean = a.mean[row], rstd = a.rstd[row];
+    // g = dy * weight * (1 + scale), the gradient of x_hat
+    const auto gradient = [&](int64_t i, auto part, V dy_) {
+      if (a.weight) dy_ = dy_ * load(a.weight + i, part);
+      if (a.scale) dy_ = dy_ * (1.f + load(a.scale + i, part));
+      return dy_;
+    };
+    V sum_g{}, sum_gx{};
+    if (dy) {
+      for_vectors(C, [&](int64_t i, auto part) {
+        const V d = load(dy + i, part), x_hat = (load(r + i, part) - mean) * rstd;
+        if (a.sum_dy) {
+          store(a.sum_dy + i, load(a.sum_dy + i, part) + d, part);
+          store(a.sum_dy_xhat + i, load(a.sum_dy_xhat + i, part) + d * x_hat, part);
+        }
+        const V g = gradient(i, part, d);  // 0 beyond the part, as d is
+        sum_g += g;
+        sum_gx += g * x_hat;
+      });
+    }
+    if (!dx && !dresidual && !a.dgate) continue;
+    const float mean_g = sum(sum_g) / static_cast<float>(C);
+    const float mean_gx = sum(sum_gx) / static_cast<float>(C);
+    for_vectors(C, [&](int64_t i, auto part) {
+      V total = dr ? load(dr + i, part) : V{};
+      if (dy) {
+        const V g = gradient(i, part, load(dy + i, part));
+        const V x_hat = (load(r + i, part) - mean) * rstd;
+        total = total + rstd * (g - mean_g - x_hat * mean_gx);
+      }
+      if (dresidual) store(dresidual + i, total, part);
+      if (dx) store(dx + i, total * or_all(a.gate, i, part, 1.f), part);
+      if (a.dgate) store(a.dgate + i, load(a.dgate + i, part) + total * load(x + i, part), part);
+    });
+  }
+}
+
+}  // namespace
+
+void layer_norm_rows(const LayerNormRows& a) {
+  with_type(a.type, [&](auto t) { forward<decltype(t)>(a); });
+}
+
+void layer_norm_rows_backward(const LayerNormRowsBackward& a) {
+  with_type(a.type, [&](auto t) { backward<decltype(t)>(a); });
+}
+
+}  // namespace fastdiff::FASTDIFF_ISA
+#endif
+
+#ifdef FASTDIFF_REGISTER
+#include "../native/boundary.h"
+
+#include <algorithm>
+#include <type_traits>
+
+namespace fastdiff {
+namespace {
+
+constexpr const char* op = "layer_norm_modulate";
+
+// Rows of a piece of work: about 2^15 elements, so that a piece and its sums stay in the cache.
+int64_t piece_rows(int64_t channels) { return std::max<int64_t>(1, (1 << 15) / channels); }
+
+struct Shape {
+  ScalarType dtype;
+  Type type;
+  int64_t batch, rows, channels, pieces;  // rows and pieces of one image
+
+  explicit Shape(const Tensor& x)
+      : dtype(x.scalar_type()), type(type_of(op, x)), batch(x.size(0)), channels(x.size(-1)) {
+    const int64_t images = batch * channels;
+    rows = images ? x.numel() / images : 0;
+    pieces = rows ? (rows + piece_rows(channels) - 1) / piece_rows(channels) : 0;
+  }
+
+  int64_t numel() const { return batch * rows * channels; }
+
+  // f(image, piece of that image, its first row in all, its rows)
+  template <class F>
+  void each_piece(const F& f) const {
+    if (numel() == 0) return;
+    for_pieces(batch * pieces, [&](int64_t at) {
+      const int64_t image = at / pieces, first = at % pieces * piece_rows(channels);
+      f(image, at, image * rows + first, std::min(piece_rows(channels), rows - first));
+    });
+  }
+};
+
+template <class T>
+T* at(T* p, int64_t offset) {
+  return p ? p + offset : nullptr;
+}
+
+// Of elements that are `bytes` wide.
+template <class T>
+T* at(T* p, int64_t offset, int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return p ? static_cast<Byte*>(p) + offset * bytes : nullptr;
+}
+
+void forward(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias,
+             const MaybeTensor& scale, const MaybeTensor& shift, const MaybeTensor& residual,
+             const MaybeTensor& gate, double eps, const Tensor& y, const MaybeTensor& r,
+             const Tensor& mean, const Tensor& rstd) {
+  const Shape s(x);
+  const int64_t C = s.channels, images = s.batch * C, bytes = x.element_size();
+  STD_TORCH_CHECK(residual.has_value() == r.has_value(), op, ": residual and r go together");
+  LayerNormRows all{};
+  all.type = s.type;
+  all.channels = C;
+  all.eps = static_cast<float>(eps);
+  const void* x_ = data(op, "x", x, s.dtype, s.numel());
+  const void* residual_ = data(op, "residual", residual, s.dtype, s.numel());
+  void* y_ = data(op, "y", y, s.dtype, s.numel());
+  void* r_ = data(op, "r", r, s.dtype, s.numel());
+  all.weight = floats(op, "weight", weight, C);
+  all.bias = floats(op, "bias", bias, C);
+  const float* gate_ = floats(op, "gate", gate, images);
+  const float* scale_ = floats(op, "scale", scale, images);
+  const float* shift_ = floats(op, "shift", shift, images);
+  float* mean_ = floats(op, "mean", mean, s.batch * s.rows);
+  float* rstd_ = floats(op, "rstd", rstd, s.batch * s.rows);
+  const auto kernel = FASTDIFF_PICK(layer_norm_rows);
+  s.each_piece([&](int64_t image, int64_t, int64_t row, int64_t rows) {
+    LayerNormRows a = all;
+    a.rows = rows;
+    a.x = at(x_, row * C, bytes);
+    a.residual = at(residual_, row * C, bytes);
+    a.y = at(y_, row * C, bytes);
+    a.r = at(r_, row * C, bytes);
+    a.gate = at(gate_, image * C);
+    a.scale = at(scale_, image * C);
+    a.shift = at(shift_, image * C);
+    a.mean = mean_ + row;
+    a.rstd = rstd_ + row;
+    kernel(a);
+  });
+}
+
+void backward(const MaybeTensor& dy, const MaybeTensor& dr, const Tensor& r, const MaybeTensor& x,
+              const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& scale,
+              const MaybeTensor& gate, const Tensor& mean, const Tensor& rstd,
+              const MaybeTensor& dx, const MaybeTensor& dresidual, const MaybeTensor& dweight,
+              const MaybeTensor& dbias, const MaybeTensor& dscale, const MaybeTensor& dshift,
+              const MaybeTensor& dgate) {
+  const Shape s(r);
+  const int64_t C = s.channels, images = s.batch * C, bytes = r.element_size();
+  STD_TORCH_CHECK(!dgate || x, op, ": the gradient of gate needs x");
+  LayerNormRowsBackward all{};
+  all.type = s.type;
+  all.channels = C;
+  const void* dy_ = data(op, "dy", dy, s.dtype, s.numel());
+  const void* dr_ = data(op, "dr", dr, s.dtype, s.numel());
+  const void* r_ = data(op, "r", r, s.dtype, s.numel());
+  const void* x_ = dgate ? data(op, "x", x, s.dtype, s.numel()) : nullptr;
+  void* dx_ = data(op, "dx", dx, s.dtype, s.numel());
+  void* dresidual_ = data(op, "dresidual", dresidual, s.dtype, s.numel());
+  all.weight = floats(op, "weight", weight, C);
+  const float* bias_ = floats(op, "bias", bias, C);
+  const float* scale_ = floats(op, "scale", scale, images);
+  const float* gate_ = floats(op, "gate", gate, images);
+  const float* mean_ = floats(op, "mean", mean, s.batch * s.rows);
+  const float* rstd_ = floats(op, "rstd", rstd, s.batch * s.rows);
+  float* dweight_ = floats(op, "dweight", dweight, C);
+  float* dbias_ = floats(op, "dbias", dbias, C);
+  float* dscale_ = floats(op, "dscale", dscale, images);
+  float* dshift_ = floats(op, "dshift", dshift, images);
+  float* dgate_ = floats(op, "dgate", dgate, images);
+
+  // Sums of every piece: of dy, of dy * x_hat, and the gate's.
+  const bool sums = dweight_ || dbias_ || dscale_ || dshift_;
+  const int64_t vectors = 2 * sums + (dgate_ != nullptr), pieces = s.batch * s.pieces;
+  std::optional<Tensor> partial;
+  float* partial_ = nullptr;
+  if (vectors && pieces) {
+    partial = workspace(r, pieces * vectors * C);
+    partial_ = static_cast<float*>(partial->data_ptr());
+  }
+  const auto kernel = FASTDIFF_PICK(layer_norm_rows_backward);
+  s.each_piece([&](int64_t image, int64_t piece, int64_t row, int64_t rows) {
+    LayerNormRowsBackward a = all;
+    a.rows = rows;
+    a.dy = at(dy_, row * C, bytes);
+    a.dr = at(dr_, row * C, bytes);
+    a.r = at(r_, row * C, bytes);
+    a.x = at(x_, row * C, bytes);
+    a.dx = at(dx_, row * C, bytes);
+    a.dresidual = at(dresidual_, row * C, bytes);
+    a.scale = at(scale_, image * C);
+    a.gate = at(gate_, image * C);
+    a.mean = mean_ + row;
+    a.rstd = rstd_ + row;
+    float* sum = at(partial_, piece * vectors * C);
+    a.sum_dy = sums ? sum : nullptr;
+    a.sum_dy_xhat = sums ? sum + C : nullptr;
+    a.dgate = dgate_ ? sum + 2 * sums * C : nullptr;
+    kernel(a);
+  });
+
+  for (int64_t i = 0; i < C; ++i) {
+    if (dweight_) dweight_[i] = 0.f;
+    if (dbias_) dbias_[i] = 0.f;
+  }
+  for (int64_t image = 0; image < s.batch; ++image) {
+    for (int64_t i = 0; i < C; ++i) {
+      float dy_sum = 0.f, dy_xhat = 0.f, gate_sum = 0.f;
+      for (int64_t piece = image * s.pieces; piece < (image + 1) * s.pieces; ++piece) {
+        const float* sum = at(partial_, piece * vectors * C);
+        if (sums) dy_sum += sum[i], dy_xhat += sum[C + i];
+        if (dgate_) gate_sum += sum[2 * sums * C + i];
+      }
+      const float up = scale_ ? 1.f + scale_[image * C + i] : 1.f;
+      const float w = all.weight ? all.weight[i] : 1.f, b = bias_ ? bias_[i] : 0.f;
+      if (dweight_) dweight_[i] += up * dy_xhat;
+      if (dbias_) dbias_[i] += up * dy_sum;
+      if (dscale_) dscale_[image * C + i] = w * dy_xhat + b * dy_sum;
+      if (dshift_) dshift_[image * C + i] = dy_sum;
+      if (dgate_) dgate_[image * C + i] = gate_sum;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastdiff
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastdiff_native, m) {
+  m.def(
+      "layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, "
+      "Tensor? residual, Tensor? gate, float eps, Tensor(a!) y, Tensor(b!)? r, Tensor(c!) mean, "
+      "Tensor(d!) rstd) -> ()");
+  m.def(
+      "layer_norm_backward(Tensor? dy, Tensor? dr, Tensor r, Tensor? x, Tensor? weight, "
+      "Tensor? bias, Tensor? scale, Tensor? gate, Tensor mean, Tensor rstd, Tensor(a!)? dx, "
+      "Tensor(b!)? dresidual, Tensor(c!)? dweight, Tensor(d!)? dbias, Tensor(e!)? dscale, "
+      "Tensor(f!)? dshift, Tensor(g!)? dgate) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastdiff_native, CPU, m) {
+  m.impl("layer_norm_forward", TORCH_BOX(&fastdiff::forward));
+  m.impl("layer_norm_backward", TORCH_BOX(&fastdiff::backward));
+}
+#endif

@@ -1,0 +1,67 @@
+// The torch side of a kernel file (FASTDIFF_REGISTER): what it may ask of tensors, and how it
+// divides work. A size or a stride that was not checked here is not trusted.
+#pragma once
+
+#include "isa.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+
+namespace fastdiff {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+[[maybe_unused]] Type type_of(const char* op, const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op,
+      ": expected float32, bfloat16 or float16");
+  return type == ScalarType::Float      ? Type::f32
+         : type == ScalarType::BFloat16 ? Type::bf16
+                                        : Type::f16;
+}
+
+// A contiguous tensor of this dtype and of so many elements: its data.
+[[maybe_unused]] void* data(const char* op, const char* name, const Tensor& t, ScalarType type,
+                            int64_t elements) {
+  STD_TORCH_CHECK(t.scalar_type() == type, op, ": ", name, " has another dtype");
+  STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " is not contiguous");
+  STD_TORCH_CHECK(t.numel() == elements, op, ": ", name, " has ", t.numel(), " elements; expected ",
+                  elements);
+  return t.data_ptr();
+}
+
+[[maybe_unused]] void* data(const char* op, const char* name, const MaybeTensor& t, ScalarType type,
+                            int64_t elements) {
+  return t ? data(op, name, *t, type, elements) : nullptr;
+}
+
+[[maybe_unused]] float* floats(const char* op, const char* name, const MaybeTensor& t,
+                               int64_t elements) {
+  return static_cast<float*>(data(op, name, t, ScalarType::Float, elements));
+}
+
+// Uninitialised float32 for partial sums.
+[[maybe_unused]] Tensor workspace(const Tensor& like, int64_t elements) {
+  return torch::stable::new_empty(like, {elements}, ScalarType::Float);
+}
+
+// f(i) for i in 0..n-1 on torch's threads. What an i does may not depend on the number of threads:
+// cut the work into pieces by its size alone, and add up partial sums of pieces in their order.
+template <class F>
+void for_pieces(int64_t n, const F& f) {
+  if (n == 1) return f(int64_t{0});
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+}  // namespace
+}  // namespace fastdiff
