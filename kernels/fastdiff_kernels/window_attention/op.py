@@ -49,6 +49,8 @@ def _arguments(
 
 
 _OP = _register.Op(_NAME, _arguments, reference.window_attention)
+_OP.add("triton", "fastdiff_kernels.window_attention.triton_kernels")
+_OP.add("native", "fastdiff_kernels.window_attention.native_kernels")
 
 
 def window_attention(
