@@ -43,7 +43,7 @@ FASTDIFF_KERNEL(group_norm_apply_backward, void, (const GroupNormTile& a))
 namespace fastdiff::FASTDIFF_ISA {
 namespace {
 
-constexpr int64_t block = 2048;  // elements whose mean and squares are taken at once
+constexpr int64_t block = 1024;  // elements whose mean and squares are taken at once
 
 // A vector of a channel's constant: the same in all lanes, or one for each lane's channel.
 struct Same {
@@ -123,18 +123,19 @@ void statistics_of_planes(const GroupNormTile& a) {
     double mean = 0, squares = 0;
     for (int64_t start = 0; start < a.pixels; start += block) {
       const int64_t size = a.pixels - start < block ? a.pixels - start : block;
-      V total{}, rest{}, centred{};
-      for_vectors(size, [&](int64_t i, auto part) { total += load(x + start + i, part); });
+      const V total = sum_vectors<1>(size, [&](int64_t i, auto part) {
+                        return Sums<1>{{load(x + start + i, part)}};
+                      }).of[0];
       const float middle = sum(total) / static_cast<float>(size);
-      for_vectors(size, [&](int64_t i, auto part) {
+      const auto about = sum_vectors<2>(size, [&](int64_t i, auto part) {
         const V v = keep(load(x + start + i, part) - middle, part);
-        rest += v;
-        centred += v * v;
+        return Sums<2>{{v, v * v}};
       });
       const double n = static_cast<double>(size), all = static_cast<double>(start + size);
-      const double correction = sum(rest) / n, delta = middle + correction - mean;
+      const double correction = sum(about.of[0]) / n, delta = middle + correction - mean;
       mean += delta * n / all;
-      squares += sum(centred) - correction * correction * n + delta * delta * n * (all - n) / all;
+      squares +=
+          sum(about.of[1]) - correction * correction * n + delta * delta * n * (all - n) / all;
     }
     a.first[c] = static_cast<float>(mean);
     a.second[c] = static_cast<float>(squares);
@@ -188,16 +189,14 @@ void sums(const GroupNormTile& a) {
     double first = 0, second = 0;
     for (int64_t start = 0; start < a.pixels; start += block) {
       const int64_t size = a.pixels - start < block ? a.pixels - start : block;
-      V d_sum{}, x_sum{};
-      for_vectors(size, [&](int64_t i, auto part) {
+      const auto both_sums = sum_vectors<2>(size, [&](int64_t i, auto part) {
         V centred;
         const V d = both(c * a.x_channel + start + i, c * a.y_channel + start + i, c, part, Same{},
                          &centred);
-        d_sum += d;  // 0 beyond the part, as dy is
-        x_sum += d * centred;
+        return Sums<2>{{d, d * centred}};  // 0 beyond the part, as dy is
       });
-      first += sum(d_sum);
-      second += sum(x_sum);
+      first += sum(both_sums.of[0]);
+      second += sum(both_sums.of[1]);
     }
     a.first[c] = static_cast<float>(first);
     a.second[c] = static_cast<float>(second);
@@ -312,8 +311,8 @@ struct Call {
     }
   }
 
-  float gain(int64_t image, int64_t c) const {
-    return scale ? 1.f + scale[image * channels + c] : 1.f;
+  double gain(int64_t image, int64_t c) const {
+    return scale ? 1. + scale[image * channels + c] : 1.;
   }
 };
 
@@ -346,9 +345,12 @@ Call describe(const Tensor& x, const MaybeTensor& skip, const Tensor& weight, co
 const char* at(const void* p, int64_t offset) { return static_cast<const char*>(p) + offset; }
 char* at(void* p, int64_t offset) { return static_cast<char*>(p) + offset; }
 
-// Of one group of one image; saved as three floats.
+// Of one group of one image; saved as four floats: a mean and a reciprocal deviation, each with
+// what rounding took from it.
 struct Statistics {
-  float mean, rest, rstd;
+  float mean, rest, rstd, rstd_rest;
+
+  double scale() const { return static_cast<double>(rstd) + rstd_rest; }
 
   // From those of its n channels, `count` pixels each.
   static Statistics merge(const double* means, const double* squares, int64_t n, int64_t count,
@@ -360,9 +362,9 @@ struct Statistics {
       const double delta = means[i] - middle;
       within += squares[i] + delta * delta * static_cast<double>(count);
     }
-    const auto mean = static_cast<float>(middle);
-    return {mean, static_cast<float>(middle - mean),
-            static_cast<float>(1 / std::sqrt(within / static_cast<double>(n * count) + eps))};
+    const double scale = 1 / std::sqrt(within / static_cast<double>(n * count) + eps);
+    const auto mean = static_cast<float>(middle), rstd = static_cast<float>(scale);
+    return {mean, static_cast<float>(middle - mean), rstd, static_cast<float>(scale - rstd)};
   }
 };
 
@@ -379,10 +381,11 @@ struct Vectors {
     const int64_t D = call.width();
     for (int64_t i = group * D; i < (group + 1) * D; ++i) {
       const int64_t k = image * channels + i;
-      const float gain = call.gain(image, i);
+      const double gain = call.gain(image, i), slope = s.scale() * (call.weight[i] * gain);
       mean[k] = s.mean;
-      up[k] = s.rstd * (call.weight[i] * gain);
-      offset[k] = call.bias[i] * gain + (call.shift ? call.shift[k] : 0.f) - s.rest * up[k];
+      up[k] = static_cast<float>(slope);
+      offset[k] = static_cast<float>(call.bias[i] * gain + (call.shift ? call.shift[k] : 0.f) -
+                                     s.rest * slope);
     }
   }
   void attach(GroupNormTile* t, int64_t image, int64_t c) const {
@@ -400,7 +403,7 @@ void forward(const Tensor& x, const MaybeTensor& skip, const Tensor& weight, con
   const Call c = describe(x, skip, weight, bias, scale, shift, groups, channels_last);
   void* y_ = data(op, "y", y, c.dtype, c.batch * c.pixels * c.channels);
   auto* groups_ =
-      reinterpret_cast<Statistics*>(floats(op, "statistics", statistics, c.batch * groups * 3));
+      reinterpret_cast<Statistics*>(floats(op, "statistics", statistics, c.batch * groups * 4));
   if (c.batch * c.pixels == 0) return;
   const auto measure_tile = FASTDIFF_PICK(group_norm_statistics);
   const auto apply_tile = FASTDIFF_PICK(group_norm_apply);
@@ -486,7 +489,7 @@ void backward(const Tensor& dy, const Tensor& x, const MaybeTensor& skip, const 
   void* to[2] = {data(op, "dx", dx, c.dtype, c.batch * c.pixels * c.part[0]),
                  data(op, "dskip", dskip, c.dtype, c.batch * c.pixels * c.part[1])};
   const auto* groups_ = reinterpret_cast<const Statistics*>(
-      floats(op, "statistics", statistics, c.batch * groups * 3));
+      floats(op, "statistics", statistics, c.batch * groups * 4));
   float* dweight_ = floats(op, "dweight", dweight, C);
   float* dbias_ = floats(op, "dbias", dbias, C);
   float* dscale_ = floats(op, "dscale", dscale, c.batch * C);
@@ -524,13 +527,13 @@ void backward(const Tensor& dy, const Tensor& x, const MaybeTensor& skip, const 
     double m1 = 0, m2 = 0;
     for (int64_t i = g * D; i < (g + 1) * D; ++i) {
       const int64_t k = image * C + i;
-      second[k] = s.rstd * (second[k] - s.rest * first[k]);
-      const double gain = static_cast<double>(c.weight[i]) * c.gain(image, i);
+      second[k] = s.scale() * (second[k] - s.rest * first[k]);
+      const double gain = c.weight[i] * c.gain(image, i);
       m1 += gain * first[k];
       m2 += gain * second[k];
     }
-    const double share = s.rstd / static_cast<double>(D * c.pixels);
-    const double slope = share * s.rstd * m2;
+    const double share = s.scale() / static_cast<double>(D * c.pixels);
+    const double slope = share * s.scale() * m2;
     for (int64_t k = image * C + g * D; k < image * C + (g + 1) * D; ++k) {
       vectors.slope[k] = static_cast<float>(slope);
       vectors.constant[k] = static_cast<float>(share * m1 - slope * s.rest);

@@ -26,21 +26,21 @@ def call(
     silu: bool,
 ) -> Tensor:
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    x, skip = _laid_out(x, last), None if skip is None else _laid_out(skip, last)
     y: Tensor = _kernel(x, weight, bias, scale, shift, skip, num_groups, eps, silu, last)
     return y
 
 
-def _laid_out(x: Tensor, channels_last: bool) -> Tensor:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return x.contiguous(memory_format=layout)
-
-
 def _flat(x: Tensor | None, channels_last: bool) -> Tensor | None:
-    """(B, C, H, W) as it lies in memory: (B, H W, C) or (B, C, H W)."""
+    """(B, C, H, W) laid out as (B, H W, C) or (B, C, H W): a view, or a copy of another layout."""
     if x is None:
         return None
-    return x.permute(0, 2, 3, 1).flatten(1, 2) if channels_last else x.flatten(2)
+    return (x.permute(0, 2, 3, 1).flatten(1, 2) if channels_last else x.flatten(2)).contiguous()
+
+
+def _image(flat: Tensor, like: Tensor, channels_last: bool) -> Tensor:
+    """What `_flat` made flat, as (B, C, H, W) again."""
+    size = like.shape[2:]
+    return flat.unflatten(1, size).permute(0, 3, 1, 2) if channels_last else flat.unflatten(2, size)
 
 
 def _empty(
@@ -59,8 +59,8 @@ def _empty(
     C = C if skip is None else C + skip.shape[1]
     layout = torch.channels_last if channels_last else torch.contiguous_format
     y = torch.empty((B, C, H, W), dtype=x.dtype, device=x.device, memory_format=layout)
-    # Mean, what rounding took from it, reciprocal deviation.
-    return y, x.new_empty((B, num_groups, 3), dtype=torch.float32)
+    # Mean and reciprocal deviation, each with what rounding took from it.
+    return y, x.new_empty((B, num_groups, 4), dtype=torch.float32)
 
 
 def _forward(
@@ -108,9 +108,10 @@ def _backward(
 ) -> None:
     dx, dweight, dbias, dscale, dshift, dskip = gradients
     vectors = map(_native.float32, (weight, bias, scale, shift))
+    images = [_flat(d, channels_last) for d in (dx, dskip)]
     with _native.float32_buffers((dweight, dbias, dscale, dshift)) as buffers:
         torch.ops.fastdiff_native.group_norm_backward(
-            _flat(_laid_out(dy, channels_last), channels_last),
+            _flat(dy, channels_last),
             _flat(x, channels_last),
             _flat(skip, channels_last),
             *vectors,
@@ -118,10 +119,12 @@ def _backward(
             num_groups,
             silu,
             channels_last,
-            _flat(dx, channels_last),
-            _flat(dskip, channels_last),
+            *images,
             *buffers,
         )
+    for d, image in zip((dx, dskip), images, strict=True):
+        if d is not None and image is not None and image.data_ptr() != d.data_ptr():
+            d.copy_(_image(image, d, channels_last))
 
 
 _kernel = _register.kernel(

@@ -271,6 +271,29 @@ FASTDIFF_INLINE float largest(V v) {
 
 FASTDIFF_INLINE V max(V a, V b) { return a > b ? a : b; }
 
+// N sums over `size` elements: f(i, part) gives the N vectors to add, 0 beyond a part. Eight
+// running sums each, added in pairs at the end: a large element meets few others.
+template <int N>
+struct Sums {
+  V of[N] = {};
+};
+template <int N, class F>
+FASTDIFF_INLINE Sums<N> sum_vectors(int64_t size, F f) {
+  constexpr int ways = 8;
+  Sums<N> total[ways];
+  const auto add = [&](Sums<N>& to, const Sums<N>& one) {
+    for (int n = 0; n < N; ++n) to.of[n] += one.of[n];
+  };
+  int64_t i = 0;
+  for (; i + ways * W <= size; i += ways * W)
+    for (int k = 0; k < ways; ++k) add(total[k], f(i + k * W, Whole{}));
+  for (int k = 0; i + W <= size; i += W, ++k) add(total[k], f(i, Whole{}));
+  if (i < size) add(total[ways - 1], f(i, Part{static_cast<int>(size - i)}));
+  for (int half = ways / 2; half; half /= 2)
+    for (int k = 0; k < half; ++k) add(total[k], total[k + half]);
+  return total[0];
+}
+
 // --- functions -----------------------------------------------------------------------------------
 
 FASTDIFF_INLINE V round_down_bits(V x, I* n) {
