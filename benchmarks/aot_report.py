@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
@@ -105,6 +105,12 @@ class Compiled:
         return min(by_registers, by_shared, BLOCKS, WARPS // num_warps) * num_warps
 
 
+def keep_channels_last(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    """What a convolution does on a GPU, and forgets on the meta device."""
+    last = inputs[0].is_contiguous(memory_format=torch.channels_last)
+    return out.contiguous(memory_format=torch.channels_last) if last else out
+
+
 def training_step(name: str, dtype: torch.dtype, batch: int) -> None:
     """Forward and backward of a preset on the meta device."""
     with torch.device("meta"):
@@ -112,6 +118,9 @@ def training_step(name: str, dtype: torch.dtype, batch: int) -> None:
         figure_9c = name == "iuvit_church256_p8"
         model = create_model("iuvit_church256", patch_size=8) if figure_9c else create_model(name)
         config = model.to(dtype).config
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(keep_channels_last)
         x = torch.empty(batch, config.in_channels, *config.image_size, dtype=dtype)
         t = torch.empty(batch, dtype=torch.int64)
         context = None

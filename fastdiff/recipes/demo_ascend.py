@@ -2,8 +2,8 @@
 
 Command:   make demo-ascend, or python train/t2i.py --config demo_ascend
 Hardware:  2 CPU cores.
-Minutes:   12 (0.30 s a step).
-Number:    73.3 % of 150 trained captions right in all four attributes, seed 0.
+Minutes:   18 (0.30 s a step).
+Number:    100 % of 150 trained captions right in all four attributes, seeds 0 and 1.
 """
 
 from __future__ import annotations
@@ -26,5 +26,5 @@ RECIPE: Recipe = dataclasses.replace(
         context_dim=128,
         groups=8,
     ),
-    train=dataclasses.replace(demo.RECIPE.train, out="runs/demo_ascend"),
+    train=dataclasses.replace(demo.RECIPE.train, out="runs/demo_ascend", max_steps=3600),
 )
