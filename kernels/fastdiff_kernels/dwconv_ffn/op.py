@@ -64,7 +64,9 @@ def _ffn_arguments(
 
 
 _GELU = _register.Op("dwconv_gelu", _gelu_arguments, reference.dwconv_gelu)
+_GELU.add("triton", "fastdiff_kernels.dwconv_ffn.triton_kernels")
 _FFN = _register.Op("dwconv_ffn", _ffn_arguments, reference.dwconv_ffn)
+_FFN.add("triton", "fastdiff_kernels.dwconv_ffn.triton_ffn")
 _GELU.add("native", "fastdiff_kernels.dwconv_ffn.native_kernels:gelu")
 _FFN.add("native", "fastdiff_kernels.dwconv_ffn.native_kernels:ffn")
 

@@ -1,0 +1,656 @@
+"""Triton kernels of `dwconv_gelu`, and the back end of it that they are.
+
+Letters: B images, P prefix tokens, H W grid, C channels; e bytes of one activation.
+
+Besides memory it is the number of instructions that bounds these kernels: at the speed of an H200's
+memory the forward may spend about 27 on an element and the backward 45, and the multiplications of
+the convolutions alone are 9 and 27. So each value is loaded and widened about once: a program walks
+along the columns of BANDS x ROWS rows of a plane of BLOCK channels. The ROWS rows of a band are
+unrolled, each a tile (BANDS, BLOCK) in registers; the columns to the left and right are registers
+of other steps; only the rows above and below a band are loaded by two bands, from the cache. The
+forward takes 24 instructions an element. The backward takes 61, or 64 where it also writes y, and
+all registers: a thread has 2 channels, so its loads are of 4 bytes, but those of a warp of a line.
+GELU of 2-byte dtypes is one exponential of a polynomial, to 1e-6.
+"""
+
+# mypy: disable-error-code="assignment"
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdiff_kernels import _launch, _register
+from fastdiff_kernels._jit import gelu, gelu_slope, round_to
+
+
+@triton.jit
+def _upper_tail(t):  # type: ignore[no-untyped-def]
+    """1 - Phi(t) for t >= 0 as 2**polynomial: relative error 5e-6 to t = 4, 2e-5 to 6."""
+    p = -1.7437585e-6 * t + 5.9751754e-5
+    p = p * t - 9.1579475e-4
+    p = p * t + 8.449207e-3
+    p = p * t - 5.3838022e-2
+    p = p * t - 0.45858958
+    p = p * t - 1.1511989
+    return tl.exp2(p * t - 1.0)
+
+
+@triton.jit
+def _cdf(x):  # type: ignore[no-untyped-def]
+    tail = _upper_tail(tl.abs(x))
+    return tl.where(x < 0, tail, 1.0 - tail)
+
+
+@triton.jit
+def _gelu(x, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
+    if EXACT:
+        return gelu(x)
+    return x * _cdf(x)
+
+
+@triton.jit
+def _gelu_slope(x, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
+    if EXACT:
+        return gelu_slope(x)
+    # The density is exp(-x**2 / 2) / sqrt(2 pi).
+    return _cdf(x) + x * tl.exp2(-0.7213475 * (x * x) - 1.3257481)
+
+
+@triton.jit
+def _inside(  # type: ignore[no-untyped-def]
+    o_row, H, m_c, FIRST: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Masks of rows FIRST to LAST (exclusive) of each band, which begins at row o_row."""
+    masks = ()
+    for j in tl.static_range(FIRST, LAST):
+        if WHOLE and j >= 0 and j < ROWS:
+            masks = masks + (m_c,)
+        else:
+            masks = masks + (m_c & (o_row + j >= 0) & (o_row + j < H),)
+    return masks
+
+
+@triton.jit
+def _column(p, stride, masks, FIRST: tl.constexpr, LAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows FIRST to LAST (exclusive) of each band at one column."""
+    rows = ()
+    for j in tl.static_range(LAST - FIRST):
+        rows = rows + (tl.load(p + (FIRST + j) * stride, mask=masks[j], other=0.0),)
+    return rows
+
+
+@triton.jit
+def _taps(p_taps, o_c, m_c, C: tl.constexpr):  # type: ignore[no-untyped-def]
+    taps = ()
+    for k in tl.static_range(9):
+        taps = taps + (tl.load(p_taps + k * C + o_c, mask=m_c, other=0.0),)
+    return taps
+
+
+@triton.jit
+def _add_column(sums, x, taps, KX: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """sums + what column x (rows -1 to ROWS + 1) adds to the output column KX - 1 to its left."""
+    out = ()
+    for i in tl.static_range(ROWS):
+        total = sums[i]
+        for ky in tl.static_range(3):
+            total += taps[3 * ky + KX] * x[i + ky].to(tl.float32)
+        out = out + (total,)
+    return out
+
+
+@triton.jit
+def _repeat(x, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    out = ()
+    for _ in tl.static_range(COUNT):
+        out = out + (x,)
+    return out
+
+
+@triton.jit
+def _store_gelu(p, stride, masks, x, FIRST: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """GELU of rows FIRST to FIRST + ROWS of x."""
+    for i in tl.static_range(ROWS):
+        y = round_to(_gelu(x[FIRST + i], EXACT), p.dtype.element_ty)
+        tl.store(p + i * stride, y, mask=masks[i])
+
+
+@triton.jit
+def _widen(x, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    out = ()
+    for i in tl.static_range(COUNT):
+        out = out + (x[i].to(tl.float32),)
+    return out
+
+
+@triton.jit
+def _convolve(z0, z1, z2, taps, bias, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows -1 to ROWS + 1 of the convolution from rows -2 to ROWS + 2 of three columns."""
+    out = ()
+    for i in tl.static_range(ROWS + 2):
+        total = bias
+        for ky in tl.static_range(3):
+            total += taps[3 * ky] * z0[i + ky]
+            total += taps[3 * ky + 1] * z1[i + ky]
+            total += taps[3 * ky + 2] * z2[i + ky]
+        out = out + (total,)
+    return out
+
+
+@triton.jit
+def _through_gelu(x, dy, ROWS: tl.constexpr, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Gradient of rows -1 to ROWS + 1 before the GELU; 0 outside the grid, where dy is."""
+    out = ()
+    for i in tl.static_range(ROWS + 2):
+        out = out + (dy[i] * _gelu_slope(x[i], EXACT),)
+    return out
+
+
+@triton.jit
+def _scatter(sums, d, taps, KX: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """sums + what the gradient d of a column adds to dz of the column KX - 1 to its right."""
+    out = ()
+    for i in tl.static_range(ROWS):
+        total = sums[i]
+        for ky in tl.static_range(3):
+            total += taps[3 * ky + KX] * d[i + 2 - ky]
+        out = out + (total,)
+    return out
+
+
+@triton.jit
+def _correlate(sums, d, z0, z1, z2, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """sums + products of the own rows of d with z under each tap, and d itself."""
+    out = ()
+    for k in tl.static_range(10):
+        total = sums[k]
+        for i in tl.static_range(1, ROWS + 1):
+            if k == 9:
+                total += d[i]
+            elif k % 3 == 0:
+                total += d[i] * z0[i + k // 3]
+            elif k % 3 == 1:
+                total += d[i] * z1[i + k // 3]
+            else:
+                total += d[i] * z2[i + k // 3]
+        out = out + (total,)
+    return out
+
+
+@triton.jit
+def _store_dz(p, stride, masks, dz, total, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Stores a column of dz; returns total + its sum over the rows of each band."""
+    for i in tl.static_range(ROWS):
+        tl.store(p + i * stride, round_to(dz[i], p.dtype.element_ty), mask=masks[i])
+        total += tl.where(masks[i], dz[i], 0.0)
+    return total
+
+
+# Reads z, writes y: 2 e. A program takes columns first to last of one stripe of rows of one image;
+# those after `planes` take the prefix tokens of all images, BANDS * ROWS at a time.
+@triton.jit(do_not_specialize=["B", "H", "W", "P", "stripes", "spans", "span"])
+def dwconv_gelu_forward(  # type: ignore[no-untyped-def]
+    z,
+    taps,
+    bias,
+    y,
+    B,
+    H,
+    W,
+    P,
+    stripes,
+    spans,
+    span,
+    C: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BANDS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    EXACT: tl.constexpr = z.dtype.element_ty == tl.float32
+    BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
+    if WIDTH > 0:
+        W = WIDTH
+    tile = tl.program_id(0) // BLOCKS
+    o_c = (tl.program_id(0) % BLOCKS) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    if C % BLOCK == 0:
+        m_c = tl.full([1, BLOCK], True, tl.int1)
+    else:
+        m_c = o_c < C
+    o_band = tl.arange(0, BANDS)[:, None]
+    L = P + H * W
+
+    planes = B * stripes * spans
+    if tile >= planes:
+        for i in tl.static_range(ROWS):
+            token = ((tile - planes) * ROWS + i) * BANDS + o_band
+            m = (token < B * P) & m_c
+            o_token = ((token // P).to(tl.int64) * L + token % P) * C + o_c
+            b_z = tl.load(z + o_token, mask=m, other=0.0).to(tl.float32)
+            tl.store(y + o_token, round_to(_gelu(b_z, EXACT), y.dtype.element_ty), mask=m)
+    else:
+        image = tile // (stripes * spans)
+        row = tile // spans % stripes * (BANDS * ROWS)
+        first = tile % spans * span
+        last = tl.minimum(first + span, W)
+        stride = W * C
+        base = ((image.to(tl.int64) * L + P) + row.to(tl.int64) * W) * C
+        o = o_band * (ROWS * stride) + o_c
+        z += base
+        y += base
+        masks = _inside(row + o_band * ROWS, H, m_c, -1, ROWS + 1, ROWS, WHOLE)
+        owned = _inside(row + o_band * ROWS, H, m_c, 0, ROWS, ROWS, WHOLE)
+        b_taps = _taps(taps, o_c, m_c, C)
+        start = _repeat(
+            tl.zeros([BANDS, BLOCK], tl.float32)
+            + tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32),
+            ROWS,
+        )
+        # `here` is short of the column to its right, `right` of two; x is the column after these.
+        right = start
+        if SPLIT:
+            if first > 0:
+                x = _column(z + (first - 1) * C + o, stride, masks, -1, ROWS + 1)
+                right = _add_column(right, x, b_taps, 0, ROWS)
+        x = _column(z + first * C + o, stride, masks, -1, ROWS + 1)
+        here = _add_column(right, x, b_taps, 1, ROWS)
+        right = _add_column(start, x, b_taps, 0, ROWS)
+        x = _column(z + tl.minimum(first + 1, W - 1) * C + o, stride, masks, -1, ROWS + 1)
+        for column in tl.range(first + 1, last, num_stages=1):
+            full = _add_column(here, x, b_taps, 2, ROWS)
+            here = _add_column(right, x, b_taps, 1, ROWS)
+            right = _add_column(start, x, b_taps, 0, ROWS)
+            # On its way during the GELU.
+            x = _column(z + tl.minimum(column + 1, W - 1) * C + o, stride, masks, -1, ROWS + 1)
+            _store_gelu(y + (column - 1) * C + o, stride, owned, full, 0, ROWS, EXACT)
+        if SPLIT:
+            if last < W:
+                here = _add_column(here, x, b_taps, 2, ROWS)
+        _store_gelu(y + (last - 1) * C + o, stride, owned, here, 0, ROWS, EXACT)
+
+
+# Reads z and dy, writes dz (and y again, where asked): 3 e (4 e). For each column of the stripe it
+# recomputes the convolution, of one row more on either side than it owns, and from it
+# d = dy * GELU'. `parts` gets, for each program, the sums over its own tokens of d * z (9 taps), of
+# d, and of dz.
+@triton.jit(do_not_specialize=["B", "H", "W", "P", "stripes", "spans", "span"])
+def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
+    z,
+    dy,
+    taps,
+    bias,
+    dz,
+    y,
+    parts,
+    B,
+    H,
+    W,
+    P,
+    stripes,
+    spans,
+    span,
+    C: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BANDS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SUMS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    EXACT: tl.constexpr = z.dtype.element_ty == tl.float32
+    BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
+    if WIDTH > 0:
+        W = WIDTH
+    tile = tl.program_id(0) // BLOCKS
+    o_c = (tl.program_id(0) % BLOCKS) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    if C % BLOCK == 0:
+        m_c = tl.full([1, BLOCK], True, tl.int1)
+    else:
+        m_c = o_c < C
+    o_band = tl.arange(0, BANDS)[:, None]
+    L = P + H * W
+    if parts is not None:
+        parts += tile.to(tl.int64) * (SUMS * C) + o_c
+    zeros = tl.zeros([BANDS, BLOCK], tl.float32)
+    sum_dz = zeros
+
+    planes = B * stripes * spans
+    if tile >= planes:
+        for i in tl.static_range(ROWS):
+            token = ((tile - planes) * ROWS + i) * BANDS + o_band
+            m = (token < B * P) & m_c
+            o_token = ((token // P).to(tl.int64) * L + token % P) * C + o_c
+            b_z = tl.load(z + o_token, mask=m, other=0.0).to(tl.float32)
+            b_dz = tl.load(dy + o_token, mask=m, other=0.0).to(tl.float32)
+            b_dz *= _gelu_slope(b_z, EXACT)
+            sum_dz += b_dz
+            if dz is not None:
+                tl.store(dz + o_token, round_to(b_dz, dz.dtype.element_ty), mask=m)
+            if y is not None:
+                tl.store(y + o_token, round_to(_gelu(b_z, EXACT), y.dtype.element_ty), mask=m)
+        if SUMS == 11:
+            total = tl.sum(sum_dz, axis=0, keep_dims=True)
+            tl.store(parts + 10 * C, total, mask=m_c)
+    else:
+        image = tile // (stripes * spans)
+        row = tile // spans % stripes * (BANDS * ROWS)
+        first = tile % spans * span
+        last = tl.minimum(first + span, W)
+        stride = W * C
+        base = ((image.to(tl.int64) * L + P) + row.to(tl.int64) * W) * C
+        o = o_band * (ROWS * stride) + o_c
+        z += base
+        dy += base
+        if dz is not None:
+            dz += base
+        if y is not None:
+            y += base
+        o_row = row + o_band * ROWS
+        wide = _inside(o_row, H, m_c, -2, ROWS + 2, ROWS, WHOLE)
+        masks = _inside(o_row, H, m_c, -1, ROWS + 1, ROWS, WHOLE)
+        owned = _inside(o_row, H, m_c, 0, ROWS, ROWS, WHOLE)
+        b_taps = _taps(taps, o_c, m_c, C)
+        b_bias = zeros + tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+
+        # z0, z1 and `next_z` are the columns of z left of `column`, at it, and right of it;
+        # `left` and `here` are columns of dz, short of what `column` and those after it add.
+        begin = tl.maximum(first - 1, 0)
+        end = tl.minimum(last + 1, W)
+        z0 = _repeat(zeros, ROWS + 4)
+        if SPLIT:
+            if begin > 0:
+                z0 = _widen(_column(z + (begin - 1) * C + o, stride, wide, -2, ROWS + 2), ROWS + 4)
+        z1 = _widen(_column(z + begin * C + o, stride, wide, -2, ROWS + 2), ROWS + 4)
+        z2 = _widen(
+            _column(z + tl.minimum(begin + 1, W - 1) * C + o, stride, wide, -2, ROWS + 2), ROWS + 4
+        )
+        b_dy = _widen(_column(dy + begin * C + o, stride, masks, -1, ROWS + 1), ROWS + 2)
+        none = _repeat(zeros, ROWS)
+        left = none
+        here = none
+        sums = _repeat(zeros, 10)
+        for column in tl.range(begin, end - 1, num_stages=1, loop_unroll_factor=UNROLL):
+            # On their way during the rest.
+            next_z = _column(z + tl.minimum(column + 2, W - 1) * C + o, stride, wide, -2, ROWS + 2)
+            next_dy = _column(dy + (column + 1) * C + o, stride, masks, -1, ROWS + 1)
+            x = _convolve(z0, z1, z2, b_taps, b_bias, ROWS)
+            d = _through_gelu(x, b_dy, ROWS, EXACT)
+            if dz is not None:
+                left = _scatter(left, d, b_taps, 0, ROWS)
+                if column > first:
+                    sum_dz = _store_dz(dz + (column - 1) * C + o, stride, owned, left, sum_dz, ROWS)
+                left = _scatter(here, d, b_taps, 1, ROWS)
+                here = _scatter(none, d, b_taps, 2, ROWS)
+            if not SPLIT or column >= first:
+                if y is not None:
+                    _store_gelu(y + column * C + o, stride, owned, x, 1, ROWS, EXACT)
+                if parts is not None:
+                    sums = _correlate(sums, d, z0, z1, z2, ROWS)
+            z0 = z1
+            z1 = z2
+            z2 = _widen(next_z, ROWS + 4)
+            b_dy = _widen(next_dy, ROWS + 2)
+        # The last column; what is right of it lies outside the grid, but for spans within one.
+        if not SPLIT or end == W:
+            z2 = _repeat(zeros, ROWS + 4)
+        x = _convolve(z0, z1, z2, b_taps, b_bias, ROWS)
+        d = _through_gelu(x, b_dy, ROWS, EXACT)
+        if dz is not None:
+            left = _scatter(left, d, b_taps, 0, ROWS)
+            if end - 1 > first:
+                sum_dz = _store_dz(dz + (end - 2) * C + o, stride, owned, left, sum_dz, ROWS)
+            if not SPLIT or last == W:
+                here = _scatter(here, d, b_taps, 1, ROWS)
+                sum_dz = _store_dz(dz + (W - 1) * C + o, stride, owned, here, sum_dz, ROWS)
+        if not SPLIT or last == W:
+            if y is not None:
+                _store_gelu(y + (W - 1) * C + o, stride, owned, x, 1, ROWS, EXACT)
+            if parts is not None:
+                sums = _correlate(sums, d, z0, z1, z2, ROWS)
+        if parts is not None:
+            for k in tl.static_range(10):
+                tl.store(parts + k * C, tl.sum(sums[k], axis=0, keep_dims=True), mask=m_c)
+            if SUMS == 11:
+                tl.store(parts + 10 * C, tl.sum(sum_dz, axis=0, keep_dims=True), mask=m_c)
+
+
+# A program adds the parts of BLOCK columns of one of the sums, in their order.
+@triton.jit(do_not_specialize=["planes", "tiles"])
+def dwconv_gelu_sums(  # type: ignore[no-untyped-def]
+    parts,
+    d_weight,
+    d_bias,
+    sum_dz,
+    planes,
+    tiles,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    SUMS: tl.constexpr,
+):
+    BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
+    k = tl.program_id(0) // BLOCKS
+    o_c = (tl.program_id(0) % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    m_c = o_c < C
+    # Prefix tokens take no part in the convolution: their tiles wrote the last sum only.
+    if k < 10:
+        count = planes
+    else:
+        count = tiles
+    b_sum = tl.zeros([PARTS, BLOCK], tl.float32)
+    for start in range(0, count, PARTS):
+        o_part = start + tl.arange(0, PARTS)[:, None]
+        o = o_part.to(tl.int64) * (SUMS * C) + (k * C + o_c)[None, :]
+        b_sum += tl.load(parts + o, mask=(o_part < count) & m_c[None, :], other=0.0)
+    b_total = tl.sum(b_sum, axis=0)
+    if k < 9:
+        if d_weight is not None:
+            o_tap = o_c.to(tl.int64) * 9 + k
+            tl.store(d_weight + o_tap, round_to(b_total, d_weight.dtype.element_ty), mask=m_c)
+    elif k == 9:
+        if d_bias is not None:
+            tl.store(d_bias + o_c, round_to(b_total, d_bias.dtype.element_ty), mask=m_c)
+    else:
+        if sum_dz is not None:
+            tl.store(sum_dz + o_c, round_to(b_total, sum_dz.dtype.element_ty), mask=m_c)
+
+
+TUNABLE: dict[str, list[_launch.Config]] = {
+    "dwconv_gelu_forward": [
+        {"BLOCK": block, "ROWS": rows, "BANDS": bands, "num_warps": 4}
+        for rows, bands, block in ((4, 4, 256), (4, 4, 128), (4, 4, 64), (2, 4, 256), (2, 8, 128))
+    ],
+    "dwconv_gelu_backward": [
+        {"BLOCK": block, "ROWS": rows, "BANDS": bands, "num_warps": warps, "UNROLL": unroll}
+        for rows, bands, block, warps in ((8, 2, 64, 2), (8, 2, 64, 4), (4, 4, 64, 4))
+        for unroll in (1, 3)
+    ],
+    "dwconv_gelu_sums": [{"BLOCK": 64}, {"BLOCK": 128}],
+}
+
+
+def _plan(
+    kernel: str, z: Tensor, grid: Sequence[int], prefix: int, default: _launch.Config
+) -> tuple[int, int, dict[str, Any]]:
+    """(tiles of planes, all tiles, arguments of the launch that are no tensors)."""
+    (B, _, C), (H, W) = z.shape, grid
+    chip = _launch.chip(z.device)
+    config = _launch.config(kernel, (H, C, z.element_size()), chip, default)
+    rows, blocks = config["BANDS"] * config["ROWS"], _launch.cdiv(C, config["BLOCK"])
+    stripes = _launch.cdiv(H, rows)
+    # Three rounds of 8 warps a processor; where there are fewer, a plane is cut across its columns,
+    # at the price of two columns more a cut.
+    warps = max(B * stripes * blocks * config["num_warps"], 1)
+    shortest = 16 if warps >= 8 * chip.processors else 4
+    span = max(_launch.cdiv(W * warps, 24 * chip.processors), min(shortest, W))
+    spans = _launch.cdiv(W, span) if span else 0
+    span = _launch.cdiv(W, spans) if span else 0
+    planes = B * stripes * spans
+    tiles = planes + _launch.cdiv(B * prefix, rows)
+    plan = {
+        "grid": (tiles * blocks,),
+        "num_stages": 1,
+        "B": B,
+        "H": H,
+        "W": W,
+        "P": prefix,
+        "stripes": stripes,
+        "spans": spans,
+        "span": span,
+        "C": C,
+        # The usual widths are known to the compiler, which folds them into addresses.
+        "WIDTH": W if W in (8, 16, 32, 64) else 0,
+        "WHOLE": H % rows == 0,
+        "SPLIT": spans > 1,
+    }
+    return planes, tiles, config | plan
+
+
+def forward(
+    results: Sequence[Tensor],
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    grid: Sequence[int],
+    prefix: int,
+) -> None:
+    """Fills y, like z, and taps (9, C) in float32: the weight as kernels read it."""
+    y, taps = results
+    C = z.shape[2]
+    taps.copy_(weight.reshape(C, 9).t())
+    vector = 16 // z.element_size() if C * z.element_size() % 16 == 0 else 2
+    bands = min(4, _launch.power_of_two(_launch.cdiv(grid[0], 4)))
+    block = min(32 * vector, _launch.power_of_two(C))
+    default = {
+        "BLOCK": block,
+        "ROWS": 4,
+        "BANDS": bands,
+        "num_warps": max(1, bands * block // (32 * vector)),
+    }
+    *_, plan = _plan("dwconv_gelu_forward", z, grid, prefix, default)
+    z, bias = z.contiguous(), bias.contiguous()
+    _launch.launch(dwconv_gelu_forward, z=z, taps=taps, bias=bias, y=y, **plan)
+
+
+def backward(
+    gradients: Sequence[Tensor | None],
+    dy: Tensor,
+    z: Tensor,
+    taps: Tensor,
+    bias: Tensor,
+    grid: Sequence[int],
+    prefix: int,
+    y: Tensor | None = None,
+    sum_dz: Tensor | None = None,
+) -> None:
+    """Fills those of (dz, d_weight, d_bias) that are there; y again; and the sum of dz over tokens.
+
+    Args:
+        y: to fill, like z and contiguous.
+        sum_dz: (C,), to fill; only with dz.
+    """
+    dz, d_weight, d_bias = gradients
+    C = z.shape[2]
+    sums = 11 if sum_dz is not None else 10
+    block = min(64, _launch.power_of_two(C))
+    bands = 2 if grid[0] > 8 else 1
+    default = {
+        "BLOCK": block,
+        "ROWS": 8 if grid[0] > 4 else 4,
+        "BANDS": bands,
+        "UNROLL": 1,
+        "num_warps": max(1, bands * block // 64),
+    }
+    planes, tiles, plan = _plan("dwconv_gelu_backward", z, grid, prefix, default)
+    parts = None
+    if d_weight is not None or d_bias is not None or sum_dz is not None:
+        parts = z.new_empty((tiles, sums, C), dtype=torch.float32)
+    z, dy, bias = z.contiguous(), dy.contiguous(), bias.contiguous()
+    to_dz, to_weight = _contiguous(dz), _contiguous(d_weight)
+    plan |= {"z": z, "dy": dy, "taps": taps, "bias": bias, "dz": to_dz, "y": y, "parts": parts}
+    _launch.launch(dwconv_gelu_backward, SUMS=sums, **plan)
+    if dz is not None and to_dz is not None and to_dz is not dz:
+        dz.copy_(to_dz)
+    if parts is None:
+        return
+    default = {"BLOCK": min(128, _launch.power_of_two(C)), "PARTS": 16, "num_warps": 4}
+    chip = _launch.chip(z.device)
+    config = _launch.config("dwconv_gelu_sums", (C,), chip, default | {"num_stages": 2})
+    _launch.launch(
+        dwconv_gelu_sums,
+        (sums * _launch.cdiv(C, config["BLOCK"]),),
+        parts=parts,
+        d_weight=to_weight,
+        d_bias=d_bias,
+        sum_dz=sum_dz,
+        planes=planes,
+        tiles=tiles,
+        C=C,
+        SUMS=sums,
+        **config,
+    )
+    if d_weight is not None and to_weight is not None and to_weight is not d_weight:
+        d_weight.copy_(to_weight)
+
+
+def _contiguous(to_fill: Tensor | None) -> Tensor | None:
+    """The tensor, or one of its shape that a kernel can fill in its stead."""
+    if to_fill is None or to_fill.is_contiguous():
+        return to_fill
+    return to_fill.new_empty(to_fill.shape)
+
+
+def supports(
+    z: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int], prefix: int
+) -> str | None:
+    """None, or why the kernels cannot run this call of `dwconv_gelu`."""
+    return unsupported(z.dtype, z.shape[2], grid)
+
+
+def unsupported(dtype: torch.dtype, C: int, grid: Sequence[int]) -> str | None:
+    """None, or why the kernels cannot run on (B, P + H*W, C)."""
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"{dtype}: the kernels take float32, float16 and bfloat16"
+    # Offsets within the rows of one program are of 32 bits.
+    if grid[1] * C >= 2**25:
+        return f"a row of the grid has {grid[1]} x {C} elements; the kernels take fewer than 2**25"
+    return None
+
+
+def _empty(
+    z: Tensor, weight: Tensor, bias: Tensor, grid: Sequence[int], prefix: int
+) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape), z.new_empty((9, z.shape[2]), dtype=torch.float32)
+
+
+def _backward(
+    gradients: Sequence[Tensor | None],
+    dy: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    taps: Tensor,
+    grid: Sequence[int],
+    prefix: int,
+) -> None:
+    backward(gradients, dy, z, taps, bias, grid, prefix)
+
+
+call = _register.kernel(
+    "dwconv_gelu_triton(Tensor z, Tensor weight, Tensor bias, SymInt[] grid, SymInt prefix) -> "
+    "(Tensor y, Tensor taps)",
+    empty=_empty,
+    forward=forward,
+    backward=_backward,
+    saves=("z", "weight", "bias", "taps"),
+)
