@@ -112,20 +112,28 @@ def _store(p_tile, tile, inside, o_d, D: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _fill(tile, pad, inside, i_channel, o_d, D: tl.constexpr):
-    """The tile with the vector of padded positions in the rows outside the map."""
-    vector = tl.load(pad + i_channel + o_d, mask=o_d < D, other=0.0).to(tl.float32)
-    vector = round_to(vector, tile.dtype)
-    return tl.where(inside[:, None], tile, vector[None, :])
+def _vector(pad, i_channel, o_d, D: tl.constexpr):
+    """A head's part of the vector of padded positions, float32."""
+    return tl.load(pad + i_channel + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _times(rows, pad, i_channel, o_d, D: tl.constexpr):
+    """rows @ that vector, float32; None without one."""
+    if pad is None:
+        product = None
+    else:
+        product = tl.sum(rows.to(tl.float32) * _vector(pad, i_channel, o_d, D)[None, :], 1)
+    return product
 
 
 @triton.jit
 def _keys(
-    qkv, pad, i_window, o_k, i_head, H, W, shift_h, shift_w,
+    qkv, i_window, o_k, i_head, H, W, shift_h, shift_w,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, h: tl.constexpr, w: tl.constexpr,
     ROLLED: tl.constexpr, PADDED: tl.constexpr, VALUE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values of tokens o_k of a window, and the regions of these."""
+    """Keys and values of tokens o_k of a window, zeros for padding; its mask; the regions."""
     C: tl.constexpr = HEADS * D
     o_d = tl.arange(0, DP)
     pixel, inside, region = _tokens(
@@ -134,10 +142,7 @@ def _keys(
     p_k = qkv + pixel * (3 * C) + (C + i_head * D)
     k = _load(p_k, inside, o_d, D, WHOLE)
     v = _load(p_k + C, inside, o_d, D, WHOLE)
-    if pad is not None:
-        k = _fill(k, pad, inside, C + i_head * D, o_d, D)
-        v = _fill(v, pad, inside, 2 * C + i_head * D, o_d, D)
-    return k, v, region
+    return k, v, ~inside & (o_k < h * w), region
 
 
 @triton.jit
@@ -155,14 +160,29 @@ def _bias(table, o_q, o_k, i_head, h: tl.constexpr, w: tl.constexpr, HEADS: tl.c
 
 
 @triton.jit
-def _scores(q, k, bias, region_q, region_k, scale, TORN: tl.constexpr):
+def _scores(q, k, bias, q_pad, padding, region_q, region_k, scale, TORN: tl.constexpr):
     """log2(e) times the scores, -inf for pairs that do not see each other: for exp2."""
-    s = dot(q, tl.trans(k)) * (scale * LOG2_E)
+    s = _products(q, k, q_pad, padding) * (scale * LOG2_E)
     if bias is not None:
         s += bias
     if TORN:
         s = tl.where(region_q[:, None] == region_k[None, :], s, float("-inf"))
     return s
+
+
+@triton.jit
+def _products(rows, keys, rows_pad, padding):
+    """rows @ keys^T; rows_pad in the columns of padding. So that vector is not rounded."""
+    products = dot(rows, tl.trans(keys))
+    if rows_pad is not None:
+        products = tl.where(padding[None, :], rows_pad[:, None], products)
+    return products
+
+
+@triton.jit
+def _on_padding(p, padding):
+    """Of each row the sum over the columns of padding."""
+    return tl.sum(tl.where(padding[None, :], p, 0.0), 1)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -179,6 +199,7 @@ def _forward(
     i_head = tl.program_id(0) % HEADS
     o_q = tl.program_id(0) // HEADS % BLOCKS * T + tl.arange(0, T)
     o_d = tl.arange(0, DP)
+    i_k, i_v = C + i_head * D, 2 * C + i_head * D
     if BLOCKS == 1:
         whole_bias = _bias(table, o_q[:, None], o_q[None, :], i_head, h, w, HEADS)
     for i_window in range(tl.program_id(0) // (HEADS * BLOCKS), windows, groups):
@@ -186,26 +207,29 @@ def _forward(
             i_window, o_q, H, W, shift_h, shift_w, h, w, ROLLED, PADDED, VALUE
         )
         q = _load(qkv + pixel * (3 * C) + i_head * D, inside, o_d, D, WHOLE)
+        q_pad = _times(q, pad, i_k, o_d, D)
         # Not -inf: a tile of keys that a query does not see leaves 0 = exp(-inf - top), no NaN.
         top = tl.full([T], -3.0e38, tl.float32)
         total = tl.zeros([T], tl.float32)
         acc = tl.zeros([T, DP], tl.float32)
         for i_block in range(BLOCKS):
             o_k = i_block * T + tl.arange(0, T)
-            k, v, region_k = _keys(
-                qkv, pad, i_window, o_k, i_head, H, W, shift_h, shift_w,
+            k, v, padding, region_k = _keys(
+                qkv, i_window, o_k, i_head, H, W, shift_h, shift_w,
                 HEADS, D, DP, h, w, ROLLED, PADDED, VALUE, WHOLE,
             )  # fmt: skip
             if BLOCKS == 1:
                 bias = whole_bias
             else:
                 bias = _bias(table, o_q[:, None], o_k[None, :], i_head, h, w, HEADS)
-            s = _scores(q, k, bias, region, region_k, scale, TORN)
+            s = _scores(q, k, bias, q_pad, padding, region, region_k, scale, TORN)
             higher = tl.maximum(top, tl.max(s, 1))
             shrink = tl.exp2(top - higher)
             p = tl.exp2(s - higher[:, None])
             total = total * shrink + tl.sum(p, 1)
             acc = dot(round_to(p, v.dtype), v, acc * shrink[:, None])
+            if pad is not None:
+                acc += _on_padding(p, padding)[:, None] * _vector(pad, i_v, o_d, D)[None, :]
             top = higher
         p_out = out + pixel * C + i_head * D
         _store(p_out, acc * (1.0 / total)[:, None], inside, o_d, D, WHOLE)
@@ -228,6 +252,7 @@ def _backward(
     TORN: tl.constexpr = ROLLED or T != h * w or (PADDED and not VALUE)
     i_head = tl.program_id(0) % HEADS
     o_t, o_d = tl.arange(0, T), tl.arange(0, DP)
+    i_k, i_v = C + i_head * D, 2 * C + i_head * D
     bias = _bias(table, o_t[:, None], o_t[None, :], i_head, h, w, HEADS)
     sum_bias = tl.zeros([T, T], tl.float32)
     sum_dk, sum_dv = tl.zeros([DP], tl.float32), tl.zeros([DP], tl.float32)
@@ -239,50 +264,54 @@ def _backward(
         at = pixel * (3 * C) + i_head * D
         q = _load(qkv + at, inside, o_d, D, WHOLE)
         dout = _load(dy + pixel * C + i_head * D, inside, o_d, D, WHOLE)
-        k, v, _ = _keys(
-            qkv, pad, i_window, o_t, i_head, H, W, shift_h, shift_w,
+        k, v, padding, _ = _keys(
+            qkv, i_window, o_t, i_head, H, W, shift_h, shift_w,
             HEADS, D, DP, h, w, ROLLED, PADDED, VALUE, WHOLE,
         )  # fmt: skip
-        s = _scores(q, k, bias, region, region, scale, TORN)
+        q_pad = _times(q, pad, i_k, o_d, D)
+        dout_pad = _times(dout, pad, i_v, o_d, D)
+        s = _scores(q, k, bias, q_pad, padding, region, region, scale, TORN)
         p = tl.exp2(s - tl.max(s, 1)[:, None])
         p = p * (1.0 / tl.sum(p, 1))[:, None]
-        dp = dot(dout, tl.trans(v))
+        dp = _products(dout, v, dout_pad, padding)
         ds = p * (dp - tl.sum(p * dp, 1)[:, None])
         if d_bias is not None:
             sum_bias += ds
-        if dqkv is not None or d_pad is not None:
+        if pad is not None:
+            ds_pad = _on_padding(ds, padding)
+        if d_pad is not None:
+            sum_dk += tl.sum(ds_pad[:, None] * q.to(tl.float32), 0)
+            sum_dv += tl.sum(_on_padding(p, padding)[:, None] * dout.to(tl.float32), 0)
+        if dqkv is not None:
             # One product at a time, stored before the next: registers.
-            padding = (~inside & (o_t < h * w))[:, None]
             dv = dot(tl.trans(round_to(p, q.dtype)), dout)
-            if dqkv is not None:
-                _store(dqkv + at + 2 * C, dv, inside, o_d, D, WHOLE)
-            if d_pad is not None:
-                sum_dv += tl.sum(tl.where(padding, dv, 0.0), 0)
-            ds = round_to(ds, q.dtype)
-            dk = dot(tl.trans(ds), q) * scale
-            if dqkv is not None:
-                _store(dqkv + at + C, dk, inside, o_d, D, WHOLE)
-                _store(dqkv + at, dot(ds, k) * scale, inside, o_d, D, WHOLE)
-            if d_pad is not None:
-                sum_dk += tl.sum(tl.where(padding, dk, 0.0), 0)
+            _store(dqkv + at + 2 * C, dv, inside, o_d, D, WHOLE)
+            low = round_to(ds, q.dtype)
+            dk = dot(tl.trans(low), q)
+            _store(dqkv + at + C, dk * scale, inside, o_d, D, WHOLE)
+            dq = dot(low, k)
+            if pad is not None:
+                dq += ds_pad[:, None] * _vector(pad, i_k, o_d, D)[None, :]
+            _store(dqkv + at, dq * scale, inside, o_d, D, WHOLE)
     i_program = tl.program_id(0)
     if d_bias is not None:
         p_bias = d_bias + i_program.to(tl.int64) * (T * T)
         tl.store(p_bias + o_t[:, None] * T + o_t[None, :], sum_bias)
     if d_pad is not None:
-        tl.store(d_pad + i_program * (2 * DP) + o_d, sum_dk)
+        tl.store(d_pad + i_program * (2 * DP) + o_d, sum_dk * scale)
         tl.store(d_pad + i_program * (2 * DP) + DP + o_d, sum_dv)
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def _backward_queries(
-    qkv, table, pad, dy, dqkv, rows_top, rows_share, rows_delta,
+    qkv, table, pad, dy, dqkv, d_pad, rows_top, rows_share, rows_delta,
     scale, windows, H, W, shift_h, shift_w, groups,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, h: tl.constexpr, w: tl.constexpr,
     T: tl.constexpr, BLOCKS: tl.constexpr,
     ROLLED: tl.constexpr, PADDED: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
-    """Windows of several tiles, one tile of queries: dq, and what the kernels below need of a row.
+    """Windows of several tiles, one tile of queries: dq, a row of d_pad (programs, 2, DP), and what
+    the kernels below need of a row of scores.
 
     That is the highest score, 1 / sum of exp2(score - highest), and delta = sum of p * dp; each
     (windows, HEADS, BLOCKS * T) float32.
@@ -293,6 +322,8 @@ def _backward_queries(
     i_head = tl.program_id(0) % HEADS
     o_q = tl.program_id(0) // HEADS % BLOCKS * T + tl.arange(0, T)
     o_d = tl.arange(0, DP)
+    i_k, i_v = C + i_head * D, 2 * C + i_head * D
+    sum_dk, sum_dv = tl.zeros([DP], tl.float32), tl.zeros([DP], tl.float32)
     for i_window in range(tl.program_id(0) // (HEADS * BLOCKS), windows, groups):
         pixel, inside, region = _tokens(
             i_window, o_q, H, W, shift_h, shift_w, h, w, ROLLED, PADDED, VALUE
@@ -300,22 +331,25 @@ def _backward_queries(
         at = pixel * (3 * C) + i_head * D
         q = _load(qkv + at, inside, o_d, D, WHOLE)
         dout = _load(dy + pixel * C + i_head * D, inside, o_d, D, WHOLE)
+        q_pad = _times(q, pad, i_k, o_d, D)
+        dout_pad = _times(dout, pad, i_v, o_d, D)
         top = tl.full([T], -3.0e38, tl.float32)
         total = tl.zeros([T], tl.float32)
         delta = tl.zeros([T], tl.float32)
         for i_block in range(BLOCKS):
             o_k = i_block * T + tl.arange(0, T)
-            k, v, region_k = _keys(
-                qkv, pad, i_window, o_k, i_head, H, W, shift_h, shift_w,
+            k, v, padding, region_k = _keys(
+                qkv, i_window, o_k, i_head, H, W, shift_h, shift_w,
                 HEADS, D, DP, h, w, ROLLED, PADDED, VALUE, WHOLE,
             )  # fmt: skip
             bias = _bias(table, o_q[:, None], o_k[None, :], i_head, h, w, HEADS)
-            s = _scores(q, k, bias, region, region_k, scale, TORN)
+            s = _scores(q, k, bias, q_pad, padding, region, region_k, scale, TORN)
             higher = tl.maximum(top, tl.max(s, 1))
             shrink = tl.exp2(top - higher)
             p = tl.exp2(s - higher[:, None])
             total = total * shrink + tl.sum(p, 1)
-            delta = delta * shrink + tl.sum(p * dot(dout, tl.trans(v)), 1)
+            dp = _products(dout, v, dout_pad, padding)
+            delta = delta * shrink + tl.sum(p * dp, 1)
             top = higher
         share = 1.0 / total
         delta = delta * share
@@ -323,44 +357,57 @@ def _backward_queries(
         tl.store(rows_top + o_row, top)
         tl.store(rows_share + o_row, share)
         tl.store(rows_delta + o_row, delta)
-        if dqkv is not None:
+        if dqkv is not None or d_pad is not None:
             dq = tl.zeros([T, DP], tl.float32)
+            ds_pad, p_pad = tl.zeros([T], tl.float32), tl.zeros([T], tl.float32)
             for i_block in range(BLOCKS):
                 o_k = i_block * T + tl.arange(0, T)
-                k, v, region_k = _keys(
-                    qkv, pad, i_window, o_k, i_head, H, W, shift_h, shift_w,
+                k, v, padding, region_k = _keys(
+                    qkv, i_window, o_k, i_head, H, W, shift_h, shift_w,
                     HEADS, D, DP, h, w, ROLLED, PADDED, VALUE, WHOLE,
                 )  # fmt: skip
                 bias = _bias(table, o_q[:, None], o_k[None, :], i_head, h, w, HEADS)
-                s = _scores(q, k, bias, region, region_k, scale, TORN)
+                s = _scores(q, k, bias, q_pad, padding, region, region_k, scale, TORN)
                 p = tl.exp2(s - top[:, None]) * share[:, None]
-                ds = p * (dot(dout, tl.trans(v)) - delta[:, None])
+                ds = p * (_products(dout, v, dout_pad, padding) - delta[:, None])
                 dq = dot(round_to(ds, q.dtype), k, dq)
-            _store(dqkv + at, dq * scale, inside, o_d, D, WHOLE)
+                if pad is not None:
+                    ds_pad += _on_padding(ds, padding)
+                    p_pad += _on_padding(p, padding)
+            if pad is not None:
+                dq += ds_pad[:, None] * _vector(pad, i_k, o_d, D)[None, :]
+            if dqkv is not None:
+                _store(dqkv + at, dq * scale, inside, o_d, D, WHOLE)
+            if d_pad is not None:
+                sum_dk += tl.sum(ds_pad[:, None] * q.to(tl.float32), 0)
+                sum_dv += tl.sum(p_pad[:, None] * dout.to(tl.float32), 0)
+    if d_pad is not None:
+        p_row = d_pad + tl.program_id(0) * (2 * DP) + o_d
+        tl.store(p_row, sum_dk * scale)
+        tl.store(p_row + DP, sum_dv)
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def _backward_keys(
-    qkv, table, pad, dy, dqkv, d_pad, rows_top, rows_share, rows_delta,
+    qkv, table, dy, dqkv, rows_top, rows_share, rows_delta,
     scale, windows, H, W, shift_h, shift_w, groups,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, h: tl.constexpr, w: tl.constexpr,
     T: tl.constexpr, BLOCKS: tl.constexpr,
     ROLLED: tl.constexpr, PADDED: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
-    """Windows of several tiles, one tile of keys: dk, dv, and a row of d_pad (programs, 2, DP)."""
+    """Windows of several tiles, one tile of keys: dk, dv. Those of padding go nowhere."""
     C: tl.constexpr = HEADS * D
     WHOLE: tl.constexpr = not PADDED and T * BLOCKS == h * w
     TORN: tl.constexpr = ROLLED or T * BLOCKS != h * w or (PADDED and not VALUE)
     i_head = tl.program_id(0) % HEADS
     o_k = tl.program_id(0) // HEADS % BLOCKS * T + tl.arange(0, T)
     o_d = tl.arange(0, DP)
-    sum_dk, sum_dv = tl.zeros([DP], tl.float32), tl.zeros([DP], tl.float32)
     for i_window in range(tl.program_id(0) // (HEADS * BLOCKS), windows, groups):
         pixel_k, inside_k, region_k = _tokens(
             i_window, o_k, H, W, shift_h, shift_w, h, w, ROLLED, PADDED, VALUE
         )
-        k, v, region_k = _keys(
-            qkv, pad, i_window, o_k, i_head, H, W, shift_h, shift_w,
+        k, v, _, region_k = _keys(
+            qkv, i_window, o_k, i_head, H, W, shift_h, shift_w,
             HEADS, D, DP, h, w, ROLLED, PADDED, VALUE, WHOLE,
         )  # fmt: skip
         dk, dv = tl.zeros([T, DP], tl.float32), tl.zeros([T, DP], tl.float32)
@@ -374,25 +421,15 @@ def _backward_keys(
             o_row = (tl.cast(i_window, tl.int64) * HEADS + i_head) * (BLOCKS * T) + o_q
             # Keys down, queries across: p and ds are the left operands of dv and dk as they stand.
             bias = _bias(table, o_q[None, :], o_k[:, None], i_head, h, w, HEADS)
-            s = _scores(k, q, bias, region_k, region, scale, TORN)
+            s = _scores(k, q, bias, None, None, region_k, region, scale, TORN)
             p = tl.exp2(s - tl.load(rows_top + o_row)[None, :])
             p = p * tl.load(rows_share + o_row)[None, :]
             dv = dot(round_to(p, q.dtype), dout, dv)
             ds = p * (dot(v, tl.trans(dout)) - tl.load(rows_delta + o_row)[None, :])
             dk = dot(round_to(ds, q.dtype), q, dk)
-        dk *= scale
-        if dqkv is not None:
-            p_k = dqkv + pixel_k * (3 * C) + (C + i_head * D)
-            _store(p_k, dk, inside_k, o_d, D, WHOLE)
-            _store(p_k + C, dv, inside_k, o_d, D, WHOLE)
-        if d_pad is not None:
-            padding = (~inside_k & (o_k < h * w))[:, None]
-            sum_dk += tl.sum(tl.where(padding, dk, 0.0), 0)
-            sum_dv += tl.sum(tl.where(padding, dv, 0.0), 0)
-    if d_pad is not None:
-        p_pad = d_pad + tl.program_id(0) * (2 * DP) + o_d
-        tl.store(p_pad, sum_dk)
-        tl.store(p_pad + DP, sum_dv)
+        p_k = dqkv + pixel_k * (3 * C) + (C + i_head * D)
+        _store(p_k, dk * scale, inside_k, o_d, D, WHOLE)
+        _store(p_k + C, dv, inside_k, o_d, D, WHOLE)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -413,6 +450,7 @@ def _backward_bias(
     o_q = i_tile // BLOCKS * T + tl.arange(0, T)
     o_k = i_tile % BLOCKS * T + tl.arange(0, T)
     o_d = tl.arange(0, DP)
+    i_k, i_v = C + i_head * D, 2 * C + i_head * D
     bias = _bias(table, o_q[:, None], o_k[None, :], i_head, h, w, HEADS)
     total = tl.zeros([T, T], tl.float32)
     for i_window in range(i_group, windows, groups):
@@ -421,15 +459,18 @@ def _backward_bias(
         )
         q = _load(qkv + pixel * (3 * C) + i_head * D, inside, o_d, D, WHOLE)
         dout = _load(dy + pixel * C + i_head * D, inside, o_d, D, WHOLE)
-        k, v, region_k = _keys(
-            qkv, pad, i_window, o_k, i_head, H, W, shift_h, shift_w,
+        k, v, padding, region_k = _keys(
+            qkv, i_window, o_k, i_head, H, W, shift_h, shift_w,
             HEADS, D, DP, h, w, ROLLED, PADDED, VALUE, WHOLE,
         )  # fmt: skip
+        q_pad = _times(q, pad, i_k, o_d, D)
+        dout_pad = _times(dout, pad, i_v, o_d, D)
         o_row = (tl.cast(i_window, tl.int64) * HEADS + i_head) * (BLOCKS * T) + o_q
-        s = _scores(q, k, bias, region, region_k, scale, TORN)
+        s = _scores(q, k, bias, q_pad, padding, region, region_k, scale, TORN)
         p = tl.exp2(s - tl.load(rows_top + o_row)[:, None])
         p = p * tl.load(rows_share + o_row)[:, None]
-        total += p * (dot(dout, tl.trans(v)) - tl.load(rows_delta + o_row)[:, None])
+        dp = _products(dout, v, dout_pad, padding)
+        total += p * (dp - tl.load(rows_delta + o_row)[:, None])
     N: tl.constexpr = BLOCKS * T
     p_bias = d_bias + (i_group * HEADS + i_head).to(tl.int64) * (N * N)
     tl.store(p_bias + o_q[:, None] * N + o_k[None, :], total)
@@ -609,7 +650,6 @@ def _run_backward(
     shared: dict[str, Any] = {
         "qkv": qkv.contiguous(),
         "table": None if bias_table is None else bias_table.contiguous(),
-        "pad": pad_qkv.contiguous() if pad_qkv is not None and padded else None,
         "dy": dy.contiguous(),
         "scale": scale,
         **problem,
@@ -621,29 +661,30 @@ def _run_backward(
         return torch.empty(shape, dtype=torch.float32, device=qkv.device)
 
     N, DP = blocks * problem["T"], problem["DP"]
+    pad = pad_qkv.contiguous() if pad_qkv is not None and padded else None
     d_bias = d_pad = None
     if blocks == 1:
         del shared["BLOCKS"]
         groups, config = _plan("backward", qkv, problem, 1)
         d_bias = parts(d_table, groups, heads, N, N)
         d_pad = parts(d_pad_qkv, groups, heads, 2, DP)
-        out: dict[str, Any] = {"dqkv": d_qkv, "d_bias": d_bias, "d_pad": d_pad, "groups": groups}
-        _launch.launch(_backward, (groups * heads,), **shared, **out, **config)
+        out: dict[str, Any] = {"pad": pad, "dqkv": d_qkv, "d_bias": d_bias, "d_pad": d_pad}
+        _launch.launch(_backward, (groups * heads,), **shared, **out, groups=groups, **config)
     else:
         for name in ("rows_top", "rows_share", "rows_delta"):
             shared[name] = parts(qkv, problem["windows"], heads, N)
         groups, config = _plan("backward_queries", qkv, problem, blocks)
-        out = {"dqkv": d_qkv, "groups": groups}
+        d_pad = parts(d_pad_qkv, groups * blocks, heads, 2, DP)
+        out = {"pad": pad, "dqkv": d_qkv, "d_pad": d_pad, "groups": groups}
         _launch.launch(_backward_queries, (groups * heads * blocks,), **shared, **out, **config)
-        if d_qkv is not None or d_pad_qkv is not None:
+        if d_qkv is not None:
             groups, config = _plan("backward_keys", qkv, problem, blocks)
-            d_pad = parts(d_pad_qkv, groups * blocks, heads, 2, DP)
-            out = {"dqkv": d_qkv, "d_pad": d_pad, "groups": groups}
+            out = {"dqkv": d_qkv, "groups": groups}
             _launch.launch(_backward_keys, (groups * heads * blocks,), **shared, **out, **config)
         if d_table is not None:
             groups, config = _plan("backward_bias", qkv, problem, blocks**2)
             d_bias = parts(d_table, groups, heads, N, N)
-            out = {"d_bias": d_bias, "groups": groups}
+            out = {"pad": pad, "d_bias": d_bias, "groups": groups}
             _launch.launch(_backward_bias, (groups * heads * blocks**2,), **shared, **out, **config)
     if d_bias is not None:
         hP, wP = _launch.power_of_two(h), _launch.power_of_two(w)
