@@ -50,6 +50,7 @@ CHIPS = {
 _pretended: Chip | None = None
 _record: list[Launch] | None = None
 _overrides: dict[tuple[str, str], Config] = {}
+_consulted: dict[tuple[str, str], Config] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,17 @@ def recording() -> Iterator[list[Launch]]:
 
 
 @contextlib.contextmanager
+def consulting() -> Iterator[dict[tuple[str, str], Config]]:
+    """Collect the (kernel, key) pairs that launchers ask `config` for, with what they got."""
+    global _consulted
+    before, _consulted = _consulted, {}
+    try:
+        yield _consulted
+    finally:
+        _consulted = before
+
+
+@contextlib.contextmanager
 def override(kernel: str, key: str, config: Config) -> Iterator[None]:
     """Use this configuration for a kernel and key; what `benchmarks.tune` tries them with."""
     _overrides[kernel, key] = config
@@ -134,14 +146,21 @@ def config(kernel: str, key: Sequence[object], on: Chip, default: Config) -> Con
     """
     text = ",".join(map(str, key))
     if (kernel, text) in _overrides:
-        return default | _overrides[kernel, text]
-    return default | _table().get(on.family, {}).get(kernel, {}).get(text, {})
+        found = default | _overrides[kernel, text]
+    else:
+        found = default | _table().get(on.family, {}).get(kernel, {}).get(text, {})
+    if _consulted is not None:
+        _consulted[kernel, text] = found
+    return found
+
+
+TABLE = Path(__file__).with_name("_tuning.json")
 
 
 @functools.cache
 def _table() -> dict[str, dict[str, dict[str, Config]]]:
-    path = Path(__file__).with_name("_tuning.json")
-    table: dict[str, dict[str, dict[str, Config]]] = json.loads(path.read_text())
+    """Family of GPUs, kernel, key: what differs from the launcher's default."""
+    table: dict[str, dict[str, dict[str, Config]]] = json.loads(TABLE.read_text())
     return table
 
 
