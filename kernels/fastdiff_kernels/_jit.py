@@ -28,7 +28,7 @@ def dot(a, b, acc=None):  # type: ignore[no-untyped-def]
 def sigmoid(x):  # type: ignore[no-untyped-def]
     """1 / (1 + exp(-x)) of float32, without overflow."""
     if INTERPRETS:
-        return 1.0 / (1.0 + tl.exp(-x))
+        return 1.0 / (1.0 + tl.exp(tl.where(x < -88.0, 88.0, -x)))  # NumPy warns of an overflow
     # As accurate as Triton's own, and without its branches for denormal numbers, which are a third
     # of all instructions of a kernel that moves data through silu: exp2(-x * log2(e)), and 1 / y.
     return tl.inline_asm_elementwise(

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff_kernels import _launch, _register
-from fastdiff_kernels._jit import silu, silu_slope
+from fastdiff_kernels._jit import round_to, silu, silu_slope
 from fastdiff_kernels._launch import cdiv, power_of_two
 
 # --- Device functions ---
@@ -140,7 +140,7 @@ def whole_forward(  # type: ignore[no-untyped-def]
     u = (v - _per_channel(m, which)[:, None]) * (_per_channel(r, which) * w)[:, None] + b[:, None]
     if SILU:
         u = silu(u)
-    tl.store(_at(y, image, p, c, HW, C, NHWC), u.to(y.dtype.element_ty), mask=inside)
+    tl.store(_at(y, image, p, c, HW, C, NHWC), round_to(u, y.dtype.element_ty), mask=inside)
     at = image.to(tl.int64) * G + g
     mine = (group < GT) & (g < G)
     tl.store(mean + at, m, mask=mine)
@@ -262,7 +262,7 @@ def apply(  # type: ignore[no-untyped-def]
         u = (v - m) * w + b
         if SILU:
             u = silu(u)
-        tl.store(_at(y, image, p, c, HW, C, NHWC), u.to(y.dtype.element_ty), mask=inside)
+        tl.store(_at(y, image, p, c, HW, C, NHWC), round_to(u, y.dtype.element_ty), mask=inside)
 
 
 # --- Backward ---
@@ -285,10 +285,10 @@ def _store(  # type: ignore[no-untyped-def]
     """A tile of the gradient of cat([x, skip], 1), to those of the two that are wanted."""
     if dx is not None:
         at = _at(dx, image, p, c, HW, C1, NHWC)
-        tl.store(at, v.to(dx.dtype.element_ty), mask=inside & (c < C1)[:, None])
+        tl.store(at, round_to(v, dx.dtype.element_ty), mask=inside & (c < C1)[:, None])
     if dskip is not None:
         at = _at(dskip, image, p, c - C1, HW, C2, NHWC)
-        tl.store(at, v.to(dskip.dtype.element_ty), mask=inside & (c >= C1)[:, None])
+        tl.store(at, round_to(v, dskip.dtype.element_ty), mask=inside & (c >= C1)[:, None])
 
 
 @triton.jit(do_not_specialize=["HWV", "scale_row", "shift_row"])
@@ -468,17 +468,17 @@ def parameter_gradients(  # type: ignore[no-untyped-def]
         zx += tl.sum(row_zx, 1)
     if image < 0:
         if dweight is not None:
-            tl.store(dweight + c, zx.to(dweight.dtype.element_ty), mask=valid)
+            tl.store(dweight + c, round_to(zx, dweight.dtype.element_ty), mask=valid)
         if dbias is not None:
-            tl.store(dbias + c, z.to(dbias.dtype.element_ty), mask=valid)
+            tl.store(dbias + c, round_to(z, dbias.dtype.element_ty), mask=valid)
     else:
         at = image.to(tl.int64) * C + c
         if dscale is not None:
             w = tl.load(weight + c, mask=valid, other=0.0).to(tl.float32)
             b = tl.load(bias + c, mask=valid, other=0.0).to(tl.float32)
-            tl.store(dscale + at, (w * zx + b * z).to(dscale.dtype.element_ty), mask=valid)
+            tl.store(dscale + at, round_to(w * zx + b * z, dscale.dtype.element_ty), mask=valid)
         if dshift is not None:
-            tl.store(dshift + at, z.to(dshift.dtype.element_ty), mask=valid)
+            tl.store(dshift + at, round_to(z, dshift.dtype.element_ty), mask=valid)
 
 
 # --- Tiles ---
@@ -632,13 +632,13 @@ def _chunks(HW: int, BP: int, others: int, processors: int) -> tuple[int, int]:
     """
     tiles = cdiv(HW, BP)
 
-    def balance(blocks: int) -> tuple[float, int]:
-        programs = cdiv(tiles, blocks) * others
-        work = cdiv(programs, processors) * processors * blocks
-        fill = min(1.0, programs / (3 * processors))
-        return round(fill * tiles * others / work, 1), blocks
+    def merit(blocks: int) -> float:
+        chunks = cdiv(tiles, blocks)
+        programs = chunks * others
+        busy = tiles * others / (cdiv(programs, processors) * processors * blocks)
+        return min(1.0, programs / (3 * processors)) * busy - chunks / 500
 
-    blocks = max(range(cdiv(tiles, 64), tiles + 1)[:1024], key=balance)
+    blocks = max(range(cdiv(tiles, 64), tiles + 1)[:1024], key=merit)
     return blocks, cdiv(tiles, blocks)
 
 
