@@ -45,6 +45,8 @@ test: $(STAMP)  ## what CI runs: lint, types, layout, unit tests, the Triton ker
 test-full: $(STAMP)  ## `make test`, and the slow tests
 	@$(MAKE) --no-print-directory test
 	$(call step,slow tests,$(PYTEST) -m slow)
+	$(call step,slow tests of the compiled CPU kernels,FASTDIFF_TEST_BACKEND=native \
+	  $(PYTEST) tests/kernels/backends -m slow)
 	$(call step,slow tests of the Triton kernels,$(INTERPRET) $(PYTEST) tests/kernels/backends -m slow)
 	$(call step,ahead-of-time compile of everything,$(PY) -m benchmarks.aot_report --full)
 
@@ -63,6 +65,7 @@ layout: $(STAMP)  ## the rules about files and imports
 
 unit: $(STAMP)  ## all tests that are not slow
 	$(call step,unit tests,$(PYTEST) -m "not slow" --ignore tests/test_layout.py)
+	$(call step,compiled CPU kernels,FASTDIFF_TEST_BACKEND=native $(PYTEST) tests/kernels/backends -m "not slow")
 
 interpreter: $(STAMP)  ## the Triton kernels' tests, interpreted on the CPU
 	$(call step,Triton kernels interpreted,$(INTERPRET) $(PYTEST) tests/kernels/backends -m "not slow")

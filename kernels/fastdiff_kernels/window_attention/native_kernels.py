@@ -24,8 +24,6 @@ def call(
     scale: float,
     pad_is_value: bool,
 ) -> Tensor:
-    if qkv.shape[1] % window_size[0] == 0 and qkv.shape[2] % window_size[1] == 0:
-        pad_qkv = None  # nothing is padded
     form = (heads, *window_size, *shift, scale, pad_is_value)
     out: Tensor = _kernel(qkv.contiguous(), bias_table, pad_qkv, *form)
     return out
