@@ -105,7 +105,7 @@ def test_shifted_window_of_8(dtype):
     check_numerics(call_with(1, (8, 8), (4, 4)), make(1, 16, 16, 1, 64, (8, 8)), dtype)
 
 
-@pytest.mark.parametrize("d", [16, 17, 31, 48, 96, 128])
+@pytest.mark.parametrize("d", [17, 31, 48, 128])
 def test_head_widths(d):
     call, inputs = call_with(2, (3, 4), (1, 2)), make(1, 3, 7, 2, d, (3, 4))
     check_numerics(call, inputs, torch.bfloat16)
@@ -342,17 +342,13 @@ def test_opcheck():
     torch.library.opcheck(operator, (permuted, None, 1, (4, 4), (0, 0), None, 0.25, False))
 
 
-@pytest.mark.parametrize("value", [False, True])
-def test_compiles_to_one_graph(value, check_compiled):
-    call = call_with(1, (4, 3), (2, 1), value)
+def test_compiles_to_one_graph(check_compiled):
+    call = call_with(1, (4, 3), (2, 1), value=True)
 
     def moved(*inputs):
         return call(*(t.to(DEVICE) for t in inputs)).cpu()
 
-    def inputs(B):
-        return [t for t in make(B, 3, 5, 1, 16, (4, 3), pad=value) if t is not None]
-
-    check_compiled(moved, inputs, batched=1)
+    check_compiled(moved, lambda B: make(B, 3, 5, 1, 16, (4, 3), pad=True), batched=1)
 
 
 def test_matches_transformers_swin():
