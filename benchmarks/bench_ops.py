@@ -501,7 +501,8 @@ def table_rows(
                 times[name] = 1e6 * other
             else:
                 key = (name, "forward" if direction == "forward" else "both")
-                times[name] = timings[key]
+                lost = timings[key]  # a time, where only the difference to the forward has none
+                times[name] = "n/a: lost in noise" if isinstance(lost, Timing) else lost
         row: Row = {
             "case": case.name,
             "op": case.op,

@@ -82,7 +82,8 @@ def test_a_wheel_holds_both_packages_and_the_library(checkout: Path, tmp_path: P
         for base, package in ((checkout, "fastdiff"), (checkout / "kernels", "fastdiff_kernels"))
         for path in (base / package).rglob("*.py")
     }
-    assert held == modules | {LIBRARY, "fastdiff/py.typed", "fastdiff_kernels/py.typed"}
+    data = {"fastdiff/py.typed", "fastdiff_kernels/py.typed", "fastdiff_kernels/_tuning.json"}
+    assert held == modules | data | {LIBRARY}
 
     unpacked = tmp_path / "unpacked"
     code = "import fastdiff; from fastdiff_kernels import _native as n; n.load(); print(n.LIBRARY)"

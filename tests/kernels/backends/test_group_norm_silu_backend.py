@@ -29,6 +29,7 @@ SMALL = {
     "one pixel": (64, 8, 1, 1, 6),
     "one row": (24, 0, 1, 37, 4),
     "one channel": (1, 0, 17, 16, 1),
+    "many channels": (96, 160, 6, 6, 8),
 }
 LARGE = {
     "many pixels": (80, 0, 16, 17, 2),
@@ -36,6 +37,7 @@ LARGE = {
     "an odd seam": (20, 13, 15, 19, 1),
     "one wide group": (16, 24, 16, 17, 1),
     "few channels": (2, 4, 65, 66, 1),
+    "many channels": (80, 140, 9, 9, 1),
     "wide groups, the seam within": (100, 220, 6, 8, 1),
 }
 
@@ -64,12 +66,26 @@ def on_device(inputs) -> list[Tensor | None]:
 
 
 def compare(call, inputs, dy: Tensor) -> None:
-    """Values and gradients against the reference, inputs and dy as they lie in memory."""
+    """Values and gradients against the reference in float64; all lie in memory as they come."""
     got = run(call, inputs, [dy])
+    exact = [t if t is None else t.detach().double().requires_grad_() for t in inputs]
     with backend("reference"):
-        expected = run(call, inputs, [dy])
+        expected = run(call, exact, [dy])
     for mine, true in zip(got, expected, strict=True):
-        torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-4 * max(1, true.abs().max()))
+        allowed = 1e-4 * max(1, true.abs().max()) if true.numel() else 0
+        torch.testing.assert_close(mine.double(), true, rtol=1e-4, atol=allowed)
+
+
+def check(call, inputs, dtype: torch.dtype) -> None:
+    """The rule, for values and gradients of which there are enough.
+
+    Of few float32 numbers it measures luck, ours and eager's: these are held to a tolerance.
+    """
+    if dtype is torch.float32 and min(t.numel() for t in inputs if t is not None) < 200:
+        inputs = on_device(inputs)
+        compare(call, inputs, torch.randn_like(call(*inputs)))
+    else:
+        check_numerics(call, inputs, dtype)
 
 
 @pytest.mark.parametrize(
@@ -83,17 +99,14 @@ def compare(call, inputs, dy: Tensor) -> None:
 @pytest.mark.parametrize("case", SMALL)
 def test_small_maps(case, layout, dtype):
     *size, groups = SMALL[case]
-    if dtype is torch.float32 and min(size[2:]) == 1:
-        size[0] += 8 * groups if size[0] > 1 else 0  # the rule needs more than a few numbers
-    check_numerics(call_with(groups, layout), make(*size, B=3), dtype)
+    check(call_with(groups, layout), make(*size), dtype)
 
 
 @each_layout
 @pytest.mark.parametrize("case", LARGE)
 def test_large_maps(case, layout):
     *size, groups = LARGE[case]
-    images = {"one wide group": 2, "few channels": 4}.get(case, 1)  # enough numbers for the rule
-    check_numerics(call_with(groups, layout), make(*size, B=images), torch.float32)
+    check(call_with(groups, layout), make(*size), torch.float32)
 
 
 @each_layout
@@ -153,13 +166,13 @@ HARD = ["large mean", "constant groups", "one huge value", "a channel apart", "t
 @each_layout
 @pytest.mark.parametrize("kind", HARD)
 def test_hard_data(kind, layout, dtype):
-    *size, groups = SMALL["the seam between groups"]
+    *size, groups = SMALL["many channels"]
     check_numerics(call_with(groups, layout), hard(kind, size), dtype)
 
 
 @pytest.mark.parametrize("kind", HARD)
 def test_hard_data_of_large_maps(kind):
-    *size, groups = LARGE["one wide group"]
+    *size, groups = LARGE["many channels"]
     layout = CONTIGUOUS if kind in ("constant groups", "tiny") else CHANNELS_LAST
     check_numerics(call_with(groups, layout), hard(kind, size), torch.float32)
 
@@ -167,10 +180,10 @@ def test_hard_data_of_large_maps(kind):
 @each_layout
 def test_hard_data_in_many_tiles(layout):
     """Parts of a group with means far apart, and a first tile unlike the rest."""
-    x = torch.randn(1, 8, 64, 66) + 300
-    x[:, :, 20:] += 50
+    x = torch.randn(1, 240, 12, 13) + 300
+    x[:, :, 6:] += 50
     x[:, :, 0, 0] = -1e4
-    inputs = [x, torch.randn(8), torch.randn(8)]
+    inputs = [x, torch.randn(240), torch.randn(240)]
     check_numerics(call_with(2, layout), inputs, torch.float32)
 
 
@@ -396,7 +409,8 @@ def test_refuses_what_it_cannot_run():
 
 @st.composite
 def calls(draw, most: int, pixels: int):
-    """(call, inputs, shape of dy)."""
+    """(call, inputs, dy)."""
+    torch.manual_seed(0)
     groups, width = draw(st.integers(1, 6)), draw(st.integers(1, most))
     C = groups * width
     C2 = draw(st.integers(0, C - 1))
@@ -405,22 +419,20 @@ def calls(draw, most: int, pixels: int):
     for i in (3, 4):
         inputs[i] = inputs[i] if draw(st.booleans()) else None
     layout = draw(st.sampled_from([CONTIGUOUS, CHANNELS_LAST]))
-    return call_with(groups, layout), inputs, (B, C, H, W)
+    return call_with(groups, layout), on_device(inputs), torch.randn(B, C, H, W, device=DEVICE)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(calls(most=24, pixels=9))
 def test_any_shape(example):
-    call, inputs, shape = example
-    compare(call, on_device(inputs), torch.randn(shape, device=DEVICE))
+    compare(*example)
 
 
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(calls(most=400, pixels=20))
 def test_any_shape_at_length(example):
-    call, inputs, shape = example
-    compare(call, on_device(inputs), torch.randn(shape, device=DEVICE))
+    compare(*example)
 
 
 @pytest.mark.slow
