@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fastdiff import ops, roofline
 from fastdiff.models import create_model
-from fastdiff.models.iuvit import Block, IUViTConfig
+from fastdiff.models.iuvit import Block, IUViTConfig, block_class
 from fastdiff.nn import SwinBlock
 from fastdiff.ops import backend
 
@@ -70,7 +70,8 @@ def block(name: str, batch: int, goals: dict[str, dict[str, float]], **config: A
         if values.context_dim is not None:
             mask = draw(batch, 256).ge(-10)
             text = (draw(batch, 256, values.context_dim), mask)
-        return Block(values), (draw(batch, 257, values.dim).requires_grad_(), (16, 16), 1, text)
+        tokens = draw(batch, 257, values.dim).requires_grad_()
+        return block_class(values)(values), (tokens, (16, 16), 1, text)
 
     return Case(f"{name} block, batch {batch}", build, goals=goals)
 

@@ -13,8 +13,9 @@ from fastdiff.models.ascend import ASCEND, ASCENDConfig
 from fastdiff.models.backbone import CONFIG_FILE, WEIGHTS_FILE, Backbone, load_weights, nearest
 from fastdiff.models.iuvit import IUViT, IUViTConfig
 from fastdiff.models.presets import PRESETS, Preset
+from fastdiff.models.unet import UNet, UNetConfig
 
-MODELS: dict[str, type[Backbone]] = {"IUViT": IUViT, "ASCEND": ASCEND}
+MODELS: dict[str, type[Backbone]] = {"IUViT": IUViT, "ASCEND": ASCEND, "UNet": UNet}
 _MODEL_OF_CONFIG: dict[type, type[Backbone]] = {model.Config: model for model in MODELS.values()}
 
 
@@ -88,6 +89,8 @@ __all__ = [
     "IUViT",
     "IUViTConfig",
     "Preset",
+    "UNet",
+    "UNetConfig",
     "create_model",
     "from_pretrained",
     "list_models",

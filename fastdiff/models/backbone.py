@@ -7,13 +7,22 @@ import difflib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fastdiff.nn.attention import MHCA, MHSA, SpatialAttention, load_implementation
+from fastdiff.nn import (
+    MHCA,
+    MHSA,
+    Checkpointed,
+    FusedAttention,
+    FusedSpatialAttention,
+    SpatialAttention,
+)
+from fastdiff.nn.attention import load_implementation
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -59,14 +68,59 @@ def check_image(owner: str, x: Tensor, channels: int, multiple: int) -> None:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """What every backbone is told.
+
+    Args:
+        image_size: Pixels of a side, or (H, W).
+        in_channels: Channels of the image.
+        out_channels: Channels of the prediction; None = `in_channels`.
+        learn_variance: Predict the variance too: as many channels again, behind the prediction
+            (ADM's `learn_sigma`).
+        context_dim: Width of the text encoder, None without text.
+        num_classes: Number of labels, None without labels.
+    """
+
+    image_size: int | tuple[int, int] = 32
+    in_channels: int = 3
+    out_channels: int | None = None
+    learn_variance: bool = False
+    context_dim: int | None = None
+    num_classes: int | None = None
+
+    def __post_init__(self) -> None:
+        size = self.image_size
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        object.__setattr__(self, "image_size", sides)
+        name = type(self).__name__
+        if len(sides) != 2 or min(sides) < 1:
+            raise ValueError(f"{name}: image_size={sides}, expected one or two sides >= 1")
+        given = ("out_channels", "context_dim", "num_classes")
+        optional = (field for field in given if getattr(self, field) is not None)
+        check_positive(name, self, ("in_channels", *optional))
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        assert isinstance(self.image_size, tuple)
+        return self.image_size
+
+    @property
+    def predicted_channels(self) -> int:
+        """Channels of the model's output, those of a learned variance counted."""
+        return (1 + self.learn_variance) * (self.out_channels or self.in_channels)
+
+
 class Backbone(nn.Module):
     """A denoising network `model(x, t, context, ...)` that is built from its `Config` alone."""
 
     Config: ClassVar[type]
     config: Any
 
-    def __init__(self, config: Any = None) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
+        self.config = config
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,8 +133,8 @@ class Backbone(nn.Module):
         Args:
             implementation: "sdpa" | "flash" | "xformers", or None: what `fastdiff.nn.set_attention`
                 chose for all models.
-            cross: Likewise for the cross-attention to text, None = the same. flash-attn takes no
-                mask, so with text: `model.set_attention("flash", cross="sdpa")`.
+            cross: Likewise for attention to the text, None = the same. flash-attn takes no mask, so
+                with text: `model.set_attention("flash", cross="sdpa")`.
 
         Returns:
             The model.
@@ -93,10 +147,32 @@ class Backbone(nn.Module):
         for name in filter(None, (implementation, cross)):
             load_implementation(name)
         for module in self.modules():
-            if isinstance(module, MHCA):
+            if isinstance(module, (MHCA, FusedAttention, FusedSpatialAttention)):
                 module.implementation = cross
             elif isinstance(module, (MHSA, SpatialAttention)):
                 module.implementation = implementation
+        return self
+
+    def set_checkpointing(self: T, on: bool = True) -> T:
+        """Trade time for memory in training: compute each block's activations again backward.
+
+        It is not saved with the model. Gradients are the same bits.
+
+        Args:
+            on: Off gives the faster training back.
+
+        Returns:
+            The model.
+        """
+
+        def visit(module: nn.Module) -> None:
+            if isinstance(module, Checkpointed):
+                module.checkpointing = on
+            else:
+                for child in module.children():
+                    visit(child)
+
+        visit(self)
         return self
 
     def check_conditions(

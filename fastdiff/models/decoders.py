@@ -5,26 +5,28 @@ Letters: B batch, C channels, H W pixels, E width of the embedding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from fastdiff.nn import ResBlock, SpatialAttention
+from fastdiff.models.encoders import res_block, spatial_attention, swin_block
+from fastdiff.nn import Checkpointed, PatchExpanding, Text
 
 if TYPE_CHECKING:
-    from fastdiff.models.ascend import ASCENDConfig
+    from fastdiff.models.hierarchical import HierarchicalConfig
 
 
-class OutputBlock(nn.Module):
+class OutputBlock(Checkpointed):
     """ADM's output block: ResBlock on cat(h, skip), then attention and up-sampling where asked.
 
     Args:
         in_channels: Channels of h.
-        skip_channels: Channels of the skip.
+        skip_channels: Channels of the skip, 0 = none.
         channels: C.
         config: The model's.
         attention: Self-attention over all pixels after the ResBlock.
-        up: Residual up-sampling at the end.
+        up: Up-sampling at the end.
     """
 
     def __init__(
@@ -32,57 +34,118 @@ class OutputBlock(nn.Module):
         in_channels: int,
         skip_channels: int,
         channels: int,
-        config: ASCENDConfig,
+        config: HierarchicalConfig,
         *,
         attention: bool,
         up: bool,
     ) -> None:
         super().__init__()
-        dropout, groups = config.dropout, config.groups
-        self.res = ResBlock(
-            in_channels,
-            channels,
-            config.emb_dim,
-            skip_channels=skip_channels,
-            dropout=dropout,
-            groups=groups,
-        )
-        self.attn: nn.Module = nn.Identity()
+        self.res = res_block(in_channels, channels, config, skip_channels=skip_channels)
+        self.attn: nn.Module | None = None
         if attention:
-            self.attn = SpatialAttention(channels, head_dim=config.head_dim, groups=groups)
-        self.up: ResBlock | None = None
-        if up:
-            self.up = ResBlock(
-                channels, channels, config.emb_dim, resample="up", dropout=dropout, groups=groups
-            )
+            self.attn = spatial_attention(channels, config, config.decoder_context_dim)
+        self.up = upsampling(channels, config) if up else None
 
-    def forward(self, h: Tensor, skip: Tensor, emb: Tensor) -> Tensor:
-        """h (B, C1, H, W), skip (B, C2, H, W), emb (B, E), to (B, C, H, W) or twice H and W."""
-        h = self.attn(self.res(h, emb, skip=skip))
+    def forward(
+        self, h: Tensor, emb: Tensor, text: Text | None = None, skip: Tensor | None = None
+    ) -> Tensor:
+        """h (B, C1, H, W), emb (B, E), skip (B, C2, H, W): (B, C, H, W), or twice H and W."""
+        h = self.res(h, emb, skip=skip)
+        if self.attn is not None:
+            h = self.attn(h, text)
         return h if self.up is None else self.up(h, emb)
 
 
-class ConvDecoder(nn.Module):
-    """ASCEND's decoder: ADM's output blocks, `depth` + 1 a level, with dense skips and no text.
+class SwinOutputBlock(Checkpointed):
+    """SwinBlock on cat(h, skip), then up-sampling where asked (Table 4).
 
     Args:
-        in_channels: Channels of the middle's output.
+        in_channels: Channels of h.
+        skip_channels: Channels of the skip, 0 = none.
+        channels: C.
+        config: The model's.
+        up: Up-sampling at the end.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        skip_channels: int,
+        channels: int,
+        config: HierarchicalConfig,
+        *,
+        up: bool,
+    ) -> None:
+        super().__init__()
+        self.swin = swin_block(
+            in_channels,
+            channels,
+            config,
+            skip_channels=skip_channels,
+            context_dim=config.decoder_context_dim,
+        )
+        self.up = upsampling(channels, config) if up else None
+
+    def forward(
+        self, h: Tensor, emb: Tensor, text: Text | None = None, skip: Tensor | None = None
+    ) -> Tensor:
+        """h (B, C1, H, W), emb (B, E), skip (B, C2, H, W): (B, C, H, W), or twice H and W."""
+        h = self.swin(h, emb, text, skip)
+        return h if self.up is None else self.up(h, emb)
+
+
+def upsampling(channels: int, config: HierarchicalConfig) -> nn.Module:
+    """What doubles a map: ADM's residual block, or Swin-Unet's patch expanding."""
+    if config.upsample == "residual":
+        return res_block(channels, channels, config, resample="up")
+    return PatchExpanding(channels)
+
+
+def swin_output_block(
+    in_channels: int,
+    skip_channels: int,
+    channels: int,
+    config: HierarchicalConfig,
+    *,
+    attention: bool,
+    up: bool,
+) -> nn.Module:
+    """A SwinBlock at the attention levels; at the others ADM's, as in ASCEND's encoder."""
+    if attention:
+        return SwinOutputBlock(in_channels, skip_channels, channels, config, up=up)
+    return OutputBlock(in_channels, skip_channels, channels, config, attention=False, up=up)
+
+
+DECODERS: dict[str, Callable[..., nn.Module]] = {
+    "conv": OutputBlock,
+    "swin": swin_output_block,
+}
+
+
+class Decoder(nn.Module):
+    """`depth` + 1 output blocks a level, the lowest level first.
+
+    Args:
         skip_channels: Channels of the skips, in the order the encoder made them.
         config: The model's.
 
-    Source: B.2 (which refers to ADM's output block); Figure 3.
+    Source: B.2 (which refers to ADM's output block); Figure 3; Table 4 for the variants.
     """
 
-    def __init__(self, in_channels: int, skip_channels: list[int], config: ASCENDConfig) -> None:
+    def __init__(self, skip_channels: list[int], config: HierarchicalConfig) -> None:
         super().__init__()
-        left, width = list(skip_channels), in_channels
+        left, width = list(skip_channels), config.level_channels[-1]
+        dense = config.skips == "dense"
+        make = DECODERS[config.decoder]
         self.blocks = nn.ModuleList()
+        self.reads_skip: list[bool] = []
         for level in reversed(range(len(config.level_channels))):
             for index in range(config.depth + 1):
+                self.reads_skip.append(dense or index == 0)
                 self.blocks.append(
-                    OutputBlock(
+                    make(
                         width,
-                        left.pop(),
+                        left.pop() if self.reads_skip[-1] else 0,
                         config.level_channels[level],
                         config,
                         attention=level in config.attention_levels,
@@ -92,8 +155,9 @@ class ConvDecoder(nn.Module):
                 width = config.level_channels[level]
         assert not left, "the decoder takes every skip"
 
-    def forward(self, h: Tensor, skips: list[Tensor], emb: Tensor) -> Tensor:
+    def forward(self, h: Tensor, skips: list[Tensor], emb: Tensor, text: Text | None) -> Tensor:
         """h (B, C, H', W'), skips as the encoder made them, emb (B, E), to (B, channels, H, W)."""
-        for block, skip in zip(self.blocks, reversed(skips), strict=True):
-            h = block(h, skip, emb)
+        left = list(skips)
+        for block, reads in zip(self.blocks, self.reads_skip, strict=True):
+            h = block(h, emb, text, left.pop() if reads else None)
         return h

@@ -9,20 +9,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.models.backbone import Backbone, check_choice, check_image, check_positive
+from fastdiff.models.backbone import (
+    Backbone,
+    BackboneConfig,
+    check_choice,
+    check_image,
+    check_positive,
+)
 from fastdiff.nn import (
     FFN,
     HEADS,
     MHCA,
     MHSA,
+    Checkpointed,
+    FusedAttention,
     LabelEmbedding,
     LayerNorm,
     PatchEmbed,
     PositionEmbedding,
     SinusoidEmbedding,
+    SkipLinear,
+    Text,
     TextCondition,
     TimeEmbedding,
     as_timesteps,
@@ -30,7 +39,7 @@ from fastdiff.nn import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class IUViTConfig:
+class IUViTConfig(BackboneConfig):
     """Configuration of IU-ViT.
 
     Args:
@@ -38,6 +47,7 @@ class IUViTConfig:
         patch_size: p, divides both sides.
         in_channels: Channels of the image.
         out_channels: Channels of the prediction; None = `in_channels`.
+        learn_variance: Predict the variance too: as many channels again, behind the prediction.
         dim: D.
         layers: Transformer blocks in all, odd: (layers - 1) / 2 in, one in the middle, as many out.
         head_dim: Width of an attention head.
@@ -46,6 +56,8 @@ class IUViTConfig:
         time_mlp: Two D x D Linears after the sinusoid. A reading, pinned by the published counts;
             U-ViT's published configurations have none.
         context_dim: Width of the text encoder, None without text.
+        text_attention: "separate" | "fused": cross-attention after self-attention, or keys and
+            values of the text beside the image's in one attention (Figure 10).
         num_classes: Number of labels, None without labels.
         resize_positions: Interpolate position embeddings for other image sizes.
         init_std: Deviation of the truncated normal that Linears start from. U-ViT's 0.02 suits D
@@ -54,40 +66,27 @@ class IUViTConfig:
             steps until they count beside the patches; about 1 tells places apart from the start.
     """
 
-    image_size: int | tuple[int, int] = 32
     patch_size: int = 2
-    in_channels: int = 3
-    out_channels: int | None = None
     dim: int = 512
     layers: int = 13
     head_dim: int = 64
     ffn: str = "dwconv"
     head: str = "rearrange_first"
     time_mlp: bool = True
-    context_dim: int | None = None
-    num_classes: int | None = None
+    text_attention: str = "separate"
     resize_positions: bool = False
     init_std: float = 0.02
     position_std: float = 0.02
 
     def __post_init__(self) -> None:
-        if isinstance(self.image_size, int):
-            object.__setattr__(self, "image_size", (self.image_size, self.image_size))
-        else:
-            object.__setattr__(self, "image_size", tuple(self.image_size))
-        check_positive(
-            "IUViTConfig", self, ("patch_size", "in_channels", "dim", "layers", "head_dim")
-        )
-        if len(self.sides) != 2 or min(self.sides) < 1:
-            raise ValueError(
-                f"IUViTConfig: image_size={self.sides}, expected one or two sides >= 1"
-            )
+        super().__post_init__()
+        check_positive("IUViTConfig", self, ("patch_size", "dim", "layers", "head_dim"))
         for side in self.sides:
             if side % self.patch_size:
                 raise ValueError(
                     f"IUViTConfig: patch_size={self.patch_size} does not divide image side {side}"
                 )
-        if self.layers % 2 == 0 or self.layers < 1:
+        if self.layers % 2 == 0:
             raise ValueError(f"IUViTConfig: layers={self.layers}, expected an odd number")
         if self.dim % self.head_dim:
             raise ValueError(
@@ -100,16 +99,11 @@ class IUViTConfig:
             )
         check_choice("IUViTConfig", "ffn", self.ffn, FFN)
         check_choice("IUViTConfig", "head", self.head, HEADS)
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        """(H, W) in pixels."""
-        assert isinstance(self.image_size, tuple)
-        return self.image_size
+        check_choice("IUViTConfig", "text_attention", self.text_attention, TEXT_BLOCKS)
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block: MHSA, MHCA where there is text, FFN (Figure 8).
+class Block(Checkpointed):
+    """Pre-norm transformer block: MHSA, FFN (Figure 8).
 
     Args:
         config: The model's.
@@ -120,38 +114,76 @@ class Block(nn.Module):
     def __init__(self, config: IUViTConfig, *, long_skip: bool = False) -> None:
         super().__init__()
         dim = config.dim
-        self.skip_linear = nn.Linear(2 * dim, dim) if long_skip else None
+        self.skip_linear: nn.Module = SkipLinear(2 * dim, dim) if long_skip else nn.Identity()
         self.norm1 = LayerNorm(dim)
-        self.attn = MHSA(dim, head_dim=config.head_dim)
-        self.norm_cross: LayerNorm | None = None
-        self.cross: MHCA | None = None
-        if config.context_dim is not None:
-            self.norm_cross = LayerNorm(dim)
-            self.cross = MHCA(dim, config.context_dim, head_dim=config.head_dim)
+        self.make_attention(config)
         self.norm2 = LayerNorm(dim)
         self.ffn = FFN[config.ffn](dim)
+
+    def make_attention(self, config: IUViTConfig) -> None:
+        """The layers of `attend` behind its first norm."""
+        self.attn = MHSA(config.dim, head_dim=config.head_dim)
+
+    def attend(self, x: Tensor, text: Text | None) -> tuple[Tensor, Tensor]:
+        """x (B, L, D): the attention's branch, to be added, and the stream it is added to."""
+        h, _ = self.norm1(x)
+        return self.attn(h), x
 
     def forward(
         self,
         x: Tensor,
         grid: tuple[int, int],
         prefix: int,
-        text: tuple[Tensor, Tensor] | None,
+        text: Text | None = None,
         skip: Tensor | None = None,
     ) -> Tensor:
         """x, skip (B, L, D); text = context (B, S, width), mask (B, S). Returns (B, L, D)."""
-        if self.skip_linear is not None and skip is not None:
-            # Linear(cat(x, skip)) as two products, so that the concatenation is never written
-            dim, weight = x.shape[2], self.skip_linear.weight
-            x = F.linear(x, weight[:, :dim], self.skip_linear.bias)
-            x = x + F.linear(skip, weight[:, dim:])
-        h, _ = self.norm1(x)
-        h = self.attn(h)
-        if self.cross is not None and self.norm_cross is not None and text is not None:
-            h, x = self.norm_cross(h, residual=x)
-            h = self.cross(h, *text)
+        if skip is not None:
+            x = self.skip_linear(x, skip)
+        h, x = self.attend(x, text)
         h, x = self.norm2(h, residual=x)
         return x + self.ffn(h, grid, prefix)
+
+
+class CrossBlock(Block):
+    """MHSA, then MHCA to the text, then FFN: each modality's attention apart (section 3.2)."""
+
+    def make_attention(self, config: IUViTConfig) -> None:
+        """The layers of `attend` behind its first norm."""
+        assert config.context_dim is not None
+        super().make_attention(config)
+        self.norm_cross = LayerNorm(config.dim)
+        self.cross = MHCA(config.dim, config.context_dim, head_dim=config.head_dim)
+
+    def attend(self, x: Tensor, text: Text | None) -> tuple[Tensor, Tensor]:
+        """x (B, L, D): the cross-attention's branch, and the stream with self-attention in it."""
+        assert text is not None
+        h, x = super().attend(x, text)
+        h, x = self.norm_cross(h, residual=x)
+        return self.cross(h, *text), x
+
+
+class FusedBlock(Block):
+    """One attention over image and text, then FFN: what the paper argues against (Figure 10)."""
+
+    def make_attention(self, config: IUViTConfig) -> None:
+        """The layers of `attend` behind its first norm."""
+        assert config.context_dim is not None
+        self.attn = FusedAttention(config.dim, config.context_dim, head_dim=config.head_dim)
+
+    def attend(self, x: Tensor, text: Text | None) -> tuple[Tensor, Tensor]:
+        """x (B, L, D): the attention's branch, to be added, and the stream it is added to."""
+        assert text is not None
+        h, _ = self.norm1(x)
+        return self.attn(h, *text), x
+
+
+TEXT_BLOCKS = {"separate": CrossBlock, "fused": FusedBlock}
+
+
+def block_class(config: IUViTConfig) -> type[Block]:
+    """The block of a configuration."""
+    return Block if config.context_dim is None else TEXT_BLOCKS[config.text_attention]
 
 
 class IUViT(Backbone):
@@ -166,8 +198,7 @@ class IUViT(Backbone):
     Config = IUViTConfig
 
     def __init__(self, config: IUViTConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         dim = config.dim
         grid = (config.sides[0] // config.patch_size, config.sides[1] // config.patch_size)
         self.prefix = 1 if config.num_classes is None else 2
@@ -186,12 +217,11 @@ class IUViT(Backbone):
             self.prefix, grid, dim, resize=config.resize_positions, std=config.position_std
         )
         half = config.layers // 2
-        self.in_blocks = nn.ModuleList(Block(config) for _ in range(half))
-        self.mid_block = Block(config)
-        self.out_blocks = nn.ModuleList(Block(config, long_skip=True) for _ in range(half))
-        self.head = HEADS[config.head](
-            dim, config.patch_size, config.out_channels or config.in_channels
-        )
+        block = block_class(config)
+        self.in_blocks = nn.ModuleList(block(config) for _ in range(half))
+        self.mid_block = block(config)
+        self.out_blocks = nn.ModuleList(block(config, long_skip=True) for _ in range(half))
+        self.head = HEADS[config.head](dim, config.patch_size, config.predicted_channels)
         self.apply(self._init_linear)
 
     def _init_linear(self, module: nn.Module) -> None:
@@ -222,7 +252,7 @@ class IUViT(Backbone):
             y: (B,) int64 labels; `num_classes` or None = no label.
 
         Returns:
-            (B, out_channels, H, W), dtype of x.
+            (B, out_channels, H, W), dtype of x; twice the channels with `learn_variance`.
 
         Raises:
             ValueError: A shape does not fit the configuration; both numbers are in the message.

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from fastdiff.nn.attention import MHCA, MHSA, SpatialAttention, set_attention
+from fastdiff.nn.attention import (
+    MHCA,
+    MHSA,
+    FusedAttention,
+    FusedSpatialAttention,
+    SpatialAttention,
+    Text,
+    set_attention,
+)
+from fastdiff.nn.checkpointed import Checkpointed
 from fastdiff.nn.embedding import (
     LabelEmbedding,
     PatchEmbed,
@@ -16,8 +25,10 @@ from fastdiff.nn.embedding import (
 from fastdiff.nn.feedforward import FFN, MLP, DWConvFFN
 from fastdiff.nn.heads import HEADS, LinearFirstHead, RearrangeFirstHead
 from fastdiff.nn.norms import GroupNormSiLU, LayerNorm
+from fastdiff.nn.resample import PatchExpanding, PatchMerging
 from fastdiff.nn.resblock import ResBlock
-from fastdiff.nn.swin import SwinBlock, SwinLayer, WindowAttention
+from fastdiff.nn.skip import SkipConnection, SkipLinear
+from fastdiff.nn.swin import PlainSwinLayer, SwinBlock, SwinLayer, WindowAttention
 
 __all__ = [
     "FFN",
@@ -25,19 +36,28 @@ __all__ = [
     "MHCA",
     "MHSA",
     "MLP",
+    "Checkpointed",
     "DWConvFFN",
+    "FusedAttention",
+    "FusedSpatialAttention",
     "GroupNormSiLU",
     "LabelEmbedding",
     "LayerNorm",
     "LinearFirstHead",
     "PatchEmbed",
+    "PatchExpanding",
+    "PatchMerging",
+    "PlainSwinLayer",
     "PositionEmbedding",
     "RearrangeFirstHead",
     "ResBlock",
     "SinusoidEmbedding",
+    "SkipConnection",
+    "SkipLinear",
     "SpatialAttention",
     "SwinBlock",
     "SwinLayer",
+    "Text",
     "TextCondition",
     "TimeEmbedding",
     "WindowAttention",

@@ -17,6 +17,7 @@ from fastdiff.nn.norms import GroupNormSiLU
 
 IMPLEMENTATIONS = ("sdpa", "flash", "xformers")
 
+Text = tuple[Tensor, Tensor]  # context (B, S, width), mask (B, S) bool with no row all False
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -236,6 +237,49 @@ class MHCA(nn.Module):
         return self.proj(attention(q, k, v, mask, implementation=self.implementation).flatten(2))
 
 
+class FusedAttention(MHSA):
+    """Self-attention whose keys and values are those of the image and of the text, side by side.
+
+    softmax(q [k, k_text]^T / sqrt(d)) [v, v_text]
+
+    Args:
+        dim: D.
+        context_dim: Width of the text, taken as it is.
+        head_dim: d.
+
+    Raises:
+        ValueError: `head_dim` does not divide `dim`.
+
+    Source: GLIDE; what the paper compares its separate attentions with (section 3.2, Figure 10).
+    """
+
+    def __init__(self, dim: int, context_dim: int, *, head_dim: int = 64) -> None:
+        super().__init__(dim, head_dim=head_dim)
+        self.text_kv = nn.Linear(context_dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        """x (B, L, D), context (B, S, width), mask (B, S) bool: (B, L, D)."""
+        q, k, v = rearrange(self.qkv(x), "b l (three n d) -> three b l n d", three=3, n=self.heads)
+        out = attend_image_and_text(
+            q, k, v, self.text_kv(context), mask, implementation=self.implementation
+        )
+        return self.proj(out)
+
+
+def attend_image_and_text(
+    q: Tensor, k: Tensor, v: Tensor, text_kv: Tensor, mask: Tensor, *, implementation: str | None
+) -> Tensor:
+    """Attention over pixels and text at once.
+
+    q, k, v (B, L, N, d), text_kv (B, S, 2 N d), mask (B, S) bool: (B, L, N d).
+    """
+    text_k, text_v = rearrange(text_kv, "b s (two n d) -> two b s n d", two=2, n=q.shape[2])
+    k, v = torch.cat([text_k, k], dim=1), torch.cat([text_v, v], dim=1)
+    image = mask.new_ones(1, 1).expand(q.shape[0], q.shape[1])
+    keys = torch.cat([mask, image], dim=1)
+    return attention(q, k, v, keys, implementation=implementation).flatten(2)
+
+
 class SpatialAttention(nn.Module):
     """ADM's attention block: GroupNorm, self-attention over all pixels, zero-initialised output.
 
@@ -260,12 +304,47 @@ class SpatialAttention(nn.Module):
         nn.init.zeros_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, H, W), channels_last in and out."""
+    def forward(self, x: Tensor, text: Text | None = None) -> Tensor:
+        """x (B, C, H, W) to the same, channels_last in and out; `text` is not looked at."""
         _, _, height, width = x.shape
         tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
         q, k, v = rearrange(
             self.qkv(tokens), "b l (three n d) -> three b l n d", three=3, n=self.heads
         )
-        out = attention(q, k, v, implementation=self.implementation).flatten(2)
-        return x + rearrange(self.proj(out), "b (h w) c -> b c h w", h=height, w=width)
+        out = self.proj(self.attend(q, k, v, text))
+        return x + rearrange(out, "b (h w) c -> b c h w", h=height, w=width)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, text: Text | None) -> Tensor:
+        """q, k, v (B, L, N, d) to (B, L, C)."""
+        return attention(q, k, v, implementation=self.implementation).flatten(2)
+
+
+class FusedSpatialAttention(SpatialAttention):
+    """ADM's attention block with the text's keys and values beside those of the pixels.
+
+    Args:
+        channels: C.
+        context_dim: Width of the text.
+        head_dim: d.
+        groups: Groups of the norm.
+
+    Raises:
+        ValueError: `head_dim` does not divide `channels`.
+
+    Source: GLIDE, and the authors' own text-to-image U-Net.
+    """
+
+    def __init__(
+        self, channels: int, context_dim: int, *, head_dim: int = 64, groups: int = 32
+    ) -> None:
+        super().__init__(channels, head_dim=head_dim, groups=groups)
+        self.text_kv = nn.Linear(context_dim, 2 * channels)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, text: Text | None) -> Tensor:
+        """q, k, v (B, L, N, d), text = context (B, S, width) and mask (B, S), to (B, L, C)."""
+        if text is None:
+            raise ValueError("FusedSpatialAttention: text is needed, got None")
+        context, mask = text
+        return attend_image_and_text(
+            q, k, v, self.text_kv(context), mask, implementation=self.implementation
+        )

@@ -197,13 +197,16 @@ class TextCondition(nn.Module):
 
     Args:
         width: Width of the text encoder (1024 for t5-11b, 4096 for t5-v1_1-xxl).
+        norm: LayerNorm of the features first, as the authors' text-to-image U-Net has it; not of
+            the null condition, nor of a `pooled` that is given.
 
     Source: PAPER.md, section 3.2 and B.1 (pooled text as the mean over valid positions).
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, norm: bool = False) -> None:
         super().__init__()
         self.width = width
+        self.norm = nn.LayerNorm(width) if norm else nn.Identity()
         self.null_context = nn.Parameter(torch.empty(1, width))
         self.null_pooled = nn.Parameter(torch.empty(width))
         nn.init.trunc_normal_(self.null_context, std=0.02)
@@ -236,7 +239,7 @@ class TextCondition(nn.Module):
                 f"model: context has shape {tuple(context.shape)}, expected "
                 f"({batch}, S, {self.width}): batch {batch} and text width {self.width}"
             )
-        context = context.to(null_context.dtype)
+        context = self.norm(context.to(null_context.dtype))
         if mask is None:
             mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
         if mask.shape != context.shape[:2] or mask.dtype != torch.bool:

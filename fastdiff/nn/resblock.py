@@ -8,7 +8,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdiff.nn.attention import Text
+from fastdiff.nn.checkpointed import Checkpointed
 from fastdiff.nn.norms import GroupNormSiLU
+from fastdiff.nn.skip import SkipConnection
 
 
 class Downsample(nn.Module):
@@ -27,27 +30,7 @@ class Upsample(nn.Module):
         return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-class SkipConnection(nn.Conv2d):
-    """1x1 convolution of cat(x, skip) without the concatenation: two products that accumulate.
-
-    Args:
-        in_channels: Channels of x and skip together.
-        out_channels: C.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 1)
-
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """x (B, C1, H, W), skip (B, C2, H, W) or None, to (B, C, H, W)."""
-        if skip is None:
-            return super().forward(x)
-        split = x.shape[1]
-        out = F.conv2d(x, self.weight[:, :split], self.bias)
-        return out + F.conv2d(skip, self.weight[:, split:])
-
-
-class ResBlock(nn.Module):
+class ResBlock(Checkpointed):
     """ADM's residual block.
 
     GN, SiLU, [re-sample], conv 3x3; GN * (1 + scale) + shift from SiLU and Linear of the embedding;
@@ -110,12 +93,19 @@ class ResBlock(nn.Module):
             else SkipConnection(total, out_channels)
         )
 
-    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        emb: Tensor,
+        text: Text | None = None,
+        skip: Tensor | None = None,
+    ) -> Tensor:
         """One block.
 
         Args:
             x: (B, C1, H, W), channels_last.
             emb: (B, E).
+            text: Not looked at: a ResBlock is called like any block of a backbone.
             skip: (B, C2, H, W) read behind x's channels as if concatenated.
 
         Returns:

@@ -5,14 +5,18 @@ Letters: B batch, C channels, H W pixels, S text positions, E width of the embed
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff import ops
-from fastdiff.nn.attention import MHCA, _heads
+from fastdiff.nn.attention import MHCA, Text, _heads
+from fastdiff.nn.checkpointed import Checkpointed
 from fastdiff.nn.feedforward import FFN
 from fastdiff.nn.norms import LayerNorm
+from fastdiff.nn.skip import SkipLinear
 
 
 class WindowAttention(nn.Module):
@@ -98,20 +102,65 @@ class SwinLayer(nn.Module):
         self,
         x: Tensor,
         emb: Tensor,
-        context: Tensor | None = None,
-        context_mask: Tensor | None = None,
+        text: Text | None = None,
     ) -> Tensor:
-        """x (B, H, W, C), emb (B, E), context (B, S, width), context_mask (B, S): (B, H, W, C)."""
+        """x (B, H, W, C), emb (B, E), text = context (B, S, width), mask (B, S): (B, H, W, C)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(emb)).chunk(6, dim=1)
         h, _ = self.norm1(x, scale=scale1, shift=shift1)
         h = self.dropout(self.attn(h))
         gate: Tensor | None = gate1
         if self.cross is not None:
-            h, x = self.cross(h, x, gate, context, context_mask)
+            h, x = self.cross(h, x, gate, text)
             gate = None  # the branch of the cross-attention has none
         h, x = self.norm2(h, residual=x, gate=gate, scale=scale2, shift=shift2)
         h = self.dropout(self.ffn(h.flatten(1, 2), x.shape[1:3]).view_as(x))
         return torch.addcmul(x, gate2[:, None, None, :], h)
+
+
+class PlainSwinLayer(nn.Module):
+    """A transformer layer as Swin has it: window attention, cross-attention to the text, FFN.
+
+    Time does not enter: the ResBlock before the layer's block has it.
+
+    Args:
+        dim: C.
+        window: Window side.
+        shift: Cyclic shift.
+        head_dim: d.
+        context_dim: Width of the text, None without text.
+        ffn: "dwconv" | "mlp".
+        dropout: Rate on the outputs of attention and FFN (Swin's `drop`).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        window: int = 8,
+        shift: int = 0,
+        head_dim: int = 64,
+        context_dim: int | None = None,
+        ffn: str = "dwconv",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(dim)
+        self.attn = WindowAttention(dim, window=window, shift=shift, head_dim=head_dim)
+        self.cross: CrossAttention | None = None
+        if context_dim is not None:
+            self.cross = CrossAttention(dim, context_dim, head_dim=head_dim)
+        self.norm2 = LayerNorm(dim)
+        self.ffn = FFN[ffn](dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, emb: Tensor, text: Text | None = None) -> Tensor:
+        """x (B, H, W, C), text = context (B, S, width), mask (B, S): (B, H, W, C)."""
+        h, _ = self.norm1(x)
+        h = self.dropout(self.attn(h))
+        if self.cross is not None:
+            h, x = self.cross(h, x, None, text)
+        h, x = self.norm2(h, residual=x)
+        return x + self.dropout(self.ffn(h.flatten(1, 2), x.shape[1:3]).view_as(x))
 
 
 class CrossAttention(nn.Module):
@@ -133,26 +182,27 @@ class CrossAttention(nn.Module):
         branch: Tensor,
         residual: Tensor,
         gate: Tensor | None,
-        context: Tensor | None,
-        context_mask: Tensor | None,
+        text: Text | None,
     ) -> tuple[Tensor, Tensor]:
         """Adds the branch before it to the residual; returns its own branch and the residual.
 
-        branch, residual (B, H, W, C), gate (B, C), context (B, S, width), context_mask (B, S).
+        branch, residual (B, H, W, C), gate (B, C), text = context (B, S, width), mask (B, S).
         """
-        if context is None or context_mask is None:
-            raise ValueError("CrossAttention: context and context_mask are needed, got None")
+        if text is None:
+            raise ValueError("CrossAttention: text is needed, got None")
         h, residual = self.norm(branch, residual=residual, gate=gate)
-        return self.attn(h.flatten(1, 2), context, context_mask).view_as(h), residual
+        return self.attn(h.flatten(1, 2), *text).view_as(h), residual
 
 
-class SwinBlock(nn.Module):
+class SwinBlock(Checkpointed):
     """Two transformer layers, the first with plain, the second with shifted windows (B.2).
 
     Args:
         in_channels: Channels of the input; a Linear changes them to `channels` where they differ.
         channels: C.
-        emb_dim: E.
+        emb_dim: E; None for layers without the embedding, behind a ResBlock that has it. The first
+            of those alone then attends to the text.
+        skip_channels: Channels of a second input, read as if concatenated to the first.
         window: Window side; the shift is half of it.
         head_dim: d.
         context_dim: Width of the text, None without text.
@@ -164,8 +214,9 @@ class SwinBlock(nn.Module):
         self,
         in_channels: int,
         channels: int,
-        emb_dim: int,
+        emb_dim: int | None,
         *,
+        skip_channels: int = 0,
         window: int = 8,
         head_dim: int = 64,
         context_dim: int | None = None,
@@ -173,30 +224,43 @@ class SwinBlock(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.width = nn.Identity() if in_channels == channels else nn.Linear(in_channels, channels)
-        self.layers = nn.ModuleList(
-            SwinLayer(
-                channels,
-                emb_dim,
-                window=window,
-                shift=shift,
-                head_dim=head_dim,
-                context_dim=context_dim,
-                ffn=ffn,
-                dropout=dropout,
-            )
-            for shift in (0, window // 2)
+        self.width = (
+            nn.Identity()
+            if in_channels == channels and not skip_channels
+            else SkipLinear(in_channels + skip_channels, channels)
         )
+        self.layers = nn.ModuleList()
+        for shift in (0, window // 2):
+            fields: dict[str, Any] = {
+                "window": window,
+                "shift": shift,
+                "head_dim": head_dim,
+                "context_dim": context_dim,
+                "ffn": ffn,
+                "dropout": dropout,
+            }
+            if emb_dim is not None:
+                self.layers.append(SwinLayer(channels, emb_dim, **fields))
+            else:
+                fields["context_dim"] = None if shift else context_dim
+                self.layers.append(PlainSwinLayer(channels, **fields))
 
     def forward(
-        self,
-        x: Tensor,
-        emb: Tensor,
-        context: Tensor | None = None,
-        context_mask: Tensor | None = None,
+        self, x: Tensor, emb: Tensor, text: Text | None = None, skip: Tensor | None = None
     ) -> Tensor:
-        """x (B, C_in, H, W) channels_last, to (B, C, H, W) channels_last: no copy on the way."""
-        h = self.width(x.permute(0, 2, 3, 1))
+        """One block, without a copy on the way.
+
+        Args:
+            x: (B, C1, H, W), channels_last, any H and W.
+            emb: (B, E).
+            text: Context (B, S, width) and mask (B, S), None without text.
+            skip: (B, C2, H, W) read behind x's channels as if concatenated.
+
+        Returns:
+            (B, C, H, W), channels_last.
+        """
+        h = x.permute(0, 2, 3, 1)
+        h = self.width(h) if skip is None else self.width(h, skip.permute(0, 2, 3, 1))
         for layer in self.layers:
-            h = layer(h, emb, context, context_mask)
+            h = layer(h, emb, text)
         return h.permute(0, 3, 1, 2)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from fastdiff.models import MODELS, ASCENDConfig, IUViTConfig
+from fastdiff.models import MODELS, ASCENDConfig, IUViTConfig, UNetConfig
 from fastdiff.models.backbone import nearest
 
 
@@ -167,7 +167,7 @@ class Recipe:
         sample: Sample grids.
     """
 
-    model: IUViTConfig | ASCENDConfig
+    model: IUViTConfig | ASCENDConfig | UNetConfig
     text: TextConfig = field(default_factory=TextConfig)
     data: DataConfig = field(default_factory=DataConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -206,6 +206,10 @@ class Recipe:
         ):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"Recipe: {name}={value}, expected 0..1")
+        if self.model.learn_variance:
+            raise ValueError(
+                "Recipe: model.learn_variance=True, the loss is that of the mean alone"
+            )
         for name in ("in_channels", "out_channels"):
             if getattr(self.model, name) not in (3, None):
                 value = getattr(self.model, name)

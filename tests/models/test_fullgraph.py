@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastdiff import ops
-from fastdiff.nn import SwinBlock
 
 BATCHES = (3, 5)
 
@@ -34,10 +33,9 @@ class Level(nn.Module):
         """x from the level above, h from the one below; what goes up, and what goes down."""
         skips = [x]
         for block in self.encoder:
-            text = (context, mask) if isinstance(block, SwinBlock) else ()
-            skips.append(block(skips[-1], emb, *text))
+            skips.append(block(skips[-1], emb, (context, mask)))
         for block, skip in zip(self.decoder, skips[len(self.decoder) - 1 :: -1], strict=True):
-            h = block(h, skip, emb)
+            h = block(h, emb, (context, mask), skip)
         return h, skips[-1]
 
 

@@ -235,8 +235,8 @@ def test_swin_layer_in_the_order_of_its_docstring():
     r = r + layer.cross.attn(norm.flatten(1, 2), context, mask).view_as(r)
     h = (F.layer_norm(r, (32,)) * (1 + scale2) + shift2).flatten(1, 2)
     expected = r + gate2 * layer.ffn(h, (4, 4)).view_as(r)
-    close(layer(x, emb, context, mask), expected)
-    with pytest.raises(ValueError, match="context and context_mask are needed"):
+    close(layer(x, emb, (context, mask)), expected)
+    with pytest.raises(ValueError, match="text is needed"):
         layer(x, emb)
 
 
