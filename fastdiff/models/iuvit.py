@@ -213,9 +213,7 @@ class IUViT(Backbone):
         if config.context_dim is not None:
             self.text = TextCondition(config.context_dim)
             self.time_text = nn.Linear(dim + config.context_dim, dim)
-        self.positions = PositionEmbedding(
-            self.prefix, grid, dim, resize=config.resize_positions, std=config.position_std
-        )
+        self.positions = PositionEmbedding(self.prefix, grid, dim, std=config.position_std)
         half = config.layers // 2
         block = block_class(config)
         self.in_blocks = nn.ModuleList(block(config) for _ in range(half))
@@ -259,6 +257,12 @@ class IUViT(Backbone):
         """
         check_image("IUViT", x, self.config.in_channels, self.config.patch_size)
         batch, _, height, width = x.shape
+        if (height, width) != self.config.sides and not self.config.resize_positions:
+            sides = "x".join(map(str, self.config.sides))
+            raise ValueError(
+                f"IUViT: image is {height}x{width}, the model has positions for {sides}; create it "
+                "with resize_positions=True to interpolate them"
+            )
         self.check_conditions(batch, context, context_mask, pooled, y)
         grid = (height // self.config.patch_size, width // self.config.patch_size)
 

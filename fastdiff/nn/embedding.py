@@ -128,32 +128,19 @@ class PositionEmbedding(nn.Module):
         prefix: Number of tokens in front that are not patches.
         grid: (h, w) of the patches.
         dim: D.
-        resize: Interpolate the patch part bicubically for another grid. Off, another grid raises.
         std: Deviation of the truncated normal it starts from.
     """
 
-    def __init__(
-        self, prefix: int, grid: tuple[int, int], dim: int, *, resize: bool, std: float = 0.02
-    ) -> None:
+    def __init__(self, prefix: int, grid: tuple[int, int], dim: int, *, std: float = 0.02) -> None:
         super().__init__()
-        self.prefix, self.grid, self.resize = prefix, grid, resize
+        self.prefix, self.grid = prefix, grid
         self.table = nn.Parameter(torch.empty(1, prefix + grid[0] * grid[1], dim))
         nn.init.trunc_normal_(self.table, std=std)
 
     def forward(self, grid: tuple[int, int]) -> Tensor:
-        """The embedding (1, prefix + h w, D) for a grid of patches.
-
-        Raises:
-            ValueError: `grid` is not the configured one and `resize` is off.
-        """
+        """(1, prefix + h w, D) for a grid of patches, interpolated bicubically for another one."""
         if grid == self.grid:
             return self.table
-        if not self.resize:
-            raise ValueError(
-                f"PositionEmbedding: the image gives a {grid[0]}x{grid[1]} grid of patches, the "
-                f"model has positions for {self.grid[0]}x{self.grid[1]}; set resize_positions=True "
-                "to interpolate them"
-            )
         extra, patches = self.table[:, : self.prefix], self.table[:, self.prefix :]
         patches = patches.transpose(1, 2).unflatten(2, self.grid)
         patches = F.interpolate(patches.float(), size=grid, mode="bicubic", antialias=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastdiff.models import ASCEND, ASCENDConfig, IUViT, IUViTConfig
+from fastdiff.models import ASCEND, ASCENDConfig, IUViT, IUViTConfig, UNet, UNetConfig
 
 
 def make_iuvit(**fields) -> IUViT:
@@ -14,18 +14,23 @@ def make_iuvit(**fields) -> IUViT:
     )
 
 
+LEVELS = {
+    "image_size": 16,
+    "channels": 32,
+    "depth": 1,
+    "multipliers": (1, 2),
+    "attention_resolutions": (8,),
+    "head_dim": 32,
+    "groups": 8,
+}
+
+
 def make_ascend(**fields) -> ASCEND:
-    defaults = {
-        "image_size": 16,
-        "channels": 32,
-        "depth": 1,
-        "multipliers": (1, 2),
-        "attention_resolutions": (8,),
-        "head_dim": 32,
-        "groups": 8,
-        "window": 4,
-    }
-    return ASCEND(ASCENDConfig(**{**defaults, **fields}))
+    return ASCEND(ASCENDConfig(**{**LEVELS, "window": 4, **fields}))
+
+
+def make_unet(**fields) -> UNet:
+    return UNet(UNetConfig(**{**LEVELS, "text_norm": False, **fields}))
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What both families promise: the call, the null condition, dtypes, sizes, errors, learning."""
+"""What all families promise: the call, the null condition, dtypes, sizes, errors, learning."""
 
 from __future__ import annotations
 
@@ -83,6 +83,29 @@ def test_labels(make):
 
 
 @torch.no_grad()
+def test_labels_and_text_together(make):
+    model = randomize(make(num_classes=10, context_dim=24)).eval()
+    y = torch.tensor([0, 3, 9])
+    out = model(X, T, CONTEXT, y=y)
+    for other in (model(X, T, CONTEXT), model(X, T, y=y), model(X, T)):
+        assert not torch.allclose(out, other, atol=1e-3)
+
+
+@torch.no_grad()
+def test_learned_variance_doubles_the_channels(make):
+    model = randomize(make(learn_variance=True)).eval()
+    assert model(X, T).shape == (3, 6, 16, 16)
+    assert randomize(make(in_channels=4, out_channels=2))(torch.randn(1, 4, 16, 16), 0).shape == (
+        1,
+        2,
+        16,
+        16,
+    )
+    with pytest.raises(ValueError, match="out_channels=0, expected a whole number >= 1"):
+        make(out_channels=0)
+
+
+@torch.no_grad()
 def test_output_has_the_dtype_of_the_input(make):
     model = randomize(make(context_dim=24)).eval()
     expected = model(X, T, CONTEXT)
@@ -101,16 +124,25 @@ def test_a_picture_does_not_depend_on_its_batch(text_model):
 
 
 @torch.no_grad()
-def test_images_that_are_not_square(make):
-    x = torch.randn(2, 3, 16, 24)
-    assert randomize(make(image_size=(16, 24)))(x, 5).shape == x.shape
+@pytest.mark.parametrize("sides", [(16, 24), (20, 36)], ids=str)
+def test_images_that_are_not_square_or_that_windows_do_not_divide(make, sides):
+    """A change of the picture in one place changes the output most in that place."""
+    fields = {} if make is make_iuvit else {"attention_resolutions": (sides[0] // 2,)}
+    model = randomize(make(image_size=sides, **fields)).eval()
+    x = torch.randn(2, 3, *sides)
+    other = x.clone()
+    other[:, :, 8:12, 16:20] += 1
+    change = (model(other, 5) - model(x, 5)).abs()
+    assert change.shape == x.shape
+    inside = change[:, :, 8:12, 16:20].mean()
+    assert inside > 3 * (change.sum() - 16 * 6 * inside) / (change.numel() - 16 * 6)
 
 
 @torch.no_grad()
 def test_other_sizes_than_the_configured_one():
     x = torch.randn(2, 3, 24, 40)
     assert make_ascend()(x, 5).shape == x.shape
-    with pytest.raises(ValueError, match=r"6x10 grid .* 4x4; set resize_positions=True"):
+    with pytest.raises(ValueError, match=r"24x40, the model has positions for 16x16; .*=True"):
         make_iuvit()(x, 5)
     model = randomize(make_iuvit(resize_positions=True))
     assert model(x, 5).shape == x.shape

@@ -73,7 +73,7 @@ def test_patch_embed_goes_row_by_row():
 
 
 def test_position_embedding_interpolates_patches_only():
-    layer = PositionEmbedding(1, (4, 4), 3, resize=True)
+    layer = PositionEmbedding(1, (4, 4), 3)
     with torch.no_grad():
         layer.table.copy_(torch.arange(17.0).div(4).floor()[None, :, None].expand(1, 17, 3))
     assert layer((4, 4)) is layer.table
