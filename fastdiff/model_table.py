@@ -125,7 +125,7 @@ def _as_kernels_save(op: str, form: tuple[Any, ...]) -> Any:
 def _flash_attention() -> Iterator[None]:
     """Let what stands in for flash attention be the default: PyTorch's is taken apart on meta."""
     before = attention._loaded["sdpa"]
-    attention._loaded["sdpa"] = _FlashAttention.apply  # type: ignore[assignment]
+    attention._loaded["sdpa"] = _FlashAttention.apply
     try:
         yield
     finally:
