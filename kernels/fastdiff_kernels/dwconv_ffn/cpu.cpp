@@ -1,8 +1,10 @@
 // dwconv_gelu on CPUs, forward and backward, on tokens (B, P + H W, C).
 //
-// A piece of work is one image and a block of channels. The backward keeps the gradient before the
-// GELU of its piece in a scratch plane, so that it reads z and dy once and writes dz once; it also
-// writes y where the caller wants it again (fc2's weight gradient does).
+// A piece of work is one image and a block of channels. It walks down the grid; the rows that a row
+// of results needs lie in a ring of three, in float32 and with a column of zeros on either side, so
+// that the cache has them at neighbouring addresses and no pixel is at a border. The backward keeps
+// a second ring, of the gradient before the GELU: it reads z and dy once and writes dz once; it
+// also writes y where the caller wants it again (fc2's weight gradient does).
 #include "../native/isa.h"
 
 namespace fastdiff {
@@ -15,11 +17,14 @@ struct DwconvTile {
   const float *weight, *bias;  // (9, channels of all), weight_stride apart; (channels,)
   int64_t weight_stride;
   void *y, *dz;
-  float* scratch;                // rows * columns * channels
+  float* scratch;                // dwconv_scratch(columns) floats
   float *sum_weight, *sum_bias;  // (9, channels), (channels,): sums over this image
 };
 
-constexpr int64_t dwconv_block = 32;  // channels of a piece, a multiple of every vector's lanes
+constexpr int64_t dwconv_block = 64;  // channels of a piece, a multiple of every vector's lanes
+
+// Two rings.
+constexpr int64_t dwconv_scratch(int64_t columns) { return 6 * (columns + 2) * dwconv_block; }
 
 }  // namespace fastdiff
 
@@ -32,47 +37,128 @@ FASTDIFF_KERNEL(dwconv_gelu_tile_backward, void, (const DwconvTile& a))
 namespace fastdiff::FASTDIFF_ISA {
 namespace {
 
-// f(tap, row, column) for the taps of a pixel that lie on the grid.
-template <class F>
-FASTDIFF_INLINE void for_taps(const DwconvTile& a, int64_t i, int64_t j, F f) {
-  if (i > 0 && i + 1 < a.rows && j > 0 && j + 1 < a.columns) {
-#pragma GCC unroll 9
-    for (int k = 0; k < 9; ++k) f(k, i + k / 3 - 1, j + k % 3 - 1);
-    return;
+// Three rows of the grid, by row number modulo 3: of each, `columns` pixels of dwconv_block
+// channels between two of zeros.
+struct Ring {
+  float* first;
+  int64_t columns;
+
+  float* row(int64_t i) const { return first + (i + 3) % 3 * (columns + 2) * dwconv_block; }
+
+  // Fills row i: the pixels of `from`, `stride` apart, or zeros where it is null.
+  template <class T>
+  void fill(int64_t i, const T* from, int64_t stride, int64_t channels) const {
+    float* to = row(i);
+    for (int64_t j = 0; j < columns + 2; ++j, to += dwconv_block)
+      for_vectors(channels, [&](int64_t c, auto part) {
+        const bool inside = from && 0 < j && j <= columns;
+        store(to + c, inside ? load(from + (j - 1) * stride + c, part) : V{});
+      });
   }
-  for (int k = 0; k < 9; ++k) {
-    const int64_t row = i + k / 3 - 1, column = j + k % 3 - 1;
-    if (row >= 0 && row < a.rows && column >= 0 && column < a.columns) f(k, row, column);
+};
+
+// f(j, z) for the pixels of row i and the nine values z around each, of the channels at c.
+template <class F>
+FASTDIFF_INLINE void for_neighbours(const Ring& ring, int64_t i, int64_t c, F f) {
+  const float *above = ring.row(i - 1) + c, *here = ring.row(i) + c, *below = ring.row(i + 1) + c;
+  constexpr int64_t next = dwconv_block;
+  V z[9] = {{}, load(above), load(above + next), {}, load(here), load(here + next),
+            {}, load(below), load(below + next)};
+  for (int64_t j = 0; j < ring.columns; ++j) {
+    for (int k = 0; k < 9; k += 3) z[k] = z[k + 1], z[k + 1] = z[k + 2];
+    const int64_t right = (j + 2) * next;
+    z[2] = load(above + right), z[5] = load(here + right), z[8] = load(below + right);
+    f(j, z);
   }
 }
 
-// The convolution and bias at a pixel, for the channels at c.
-template <class T, class P>
-FASTDIFF_INLINE V convolve(const DwconvTile& a, const T* grid, const V* weight, V bias, int64_t i,
-                           int64_t j, P part) {
-  V total = bias;
-  for_taps(a, i, j, [&](int k, int64_t row, int64_t column) {
-    total += weight[k] * load(grid + (row * a.columns + column) * a.stride, part);
-  });
-  return total;
+// The taps of the channels at c, and what they make of nine values.
+struct Taps {
+  V weight[9];
+
+  Taps(const DwconvTile& a, int64_t c, auto part) {
+    for (int k = 0; k < 9; ++k) weight[k] = load(a.weight + k * a.weight_stride + c, part);
+  }
+  FASTDIFF_INLINE V convolve(V start, const V* z) const {
+    for (int k = 0; k < 9; ++k) start += weight[k] * z[k];
+    return start;
+  }
+  FASTDIFF_INLINE V transposed(const V* d) const {
+    V total = weight[8] * d[0];
+    for (int k = 1; k < 9; ++k) total += weight[8 - k] * d[k];
+    return total;
+  }
+};
+
+// f(i) for the rows in their order, with rows i - 1, i and i + 1 of z in the ring.
+template <class T, class F>
+FASTDIFF_INLINE void for_grid_rows(const DwconvTile& a, const T* grid, const Ring& ring, F f) {
+  const auto fill = [&](int64_t i) {
+    const bool inside = 0 <= i && i < a.rows;
+    ring.fill(i, inside ? grid + i * a.columns * a.stride : nullptr, a.stride, a.channels);
+  };
+  fill(-1);
+  fill(0);
+  for (int64_t i = 0; i < a.rows; ++i) {
+    fill(i + 1);
+    f(i);
+  }
 }
 
 template <class T>
 void forward(const DwconvTile& a) {
   const T* z = static_cast<const T*>(a.z);
   T* y = static_cast<T*>(a.y);
-  for_vectors(a.channels, [&](int64_t c, auto part) {
-    for (int64_t t = 0; t < a.prefix; ++t)
+  for (int64_t t = 0; t < a.prefix; ++t)
+    for_vectors(a.channels, [&](int64_t c, auto part) {
       store(y + t * a.stride + c, gelu(load(z + t * a.stride + c, part)), part);
-    V weight[9];
-    for (int k = 0; k < 9; ++k) weight[k] = load(a.weight + k * a.weight_stride + c, part);
+    });
+  const int64_t first = a.prefix * a.stride;
+  const Ring ring{a.scratch, a.columns};
+  for_grid_rows(a, z + first, ring, [&](int64_t i) {
+    for_vectors(a.channels, [&](int64_t c, auto part) {
+      const Taps taps(a, c, part);
+      const V bias = load(a.bias + c, part);
+      T* to = y + first + i * a.columns * a.stride + c;
+      for_neighbours(ring, i, c, [&](int64_t j, const V* around) {
+        store(to + j * a.stride, gelu(taps.convolve(bias, around)), part);
+      });
+    });
+  });
+}
+
+// The row's gradient before the GELU, into the ring of d; y again where it is asked for.
+template <class T>
+void slopes_of_row(const DwconvTile& a, const Ring& ring, const Ring& d_ring, int64_t i) {
+  const int64_t at = (a.prefix + i * a.columns) * a.stride;
+  const T* dy = static_cast<const T*>(a.dy) + at;
+  T* y = a.y ? static_cast<T*>(a.y) + at : nullptr;
+  for_vectors(a.channels, [&](int64_t c, auto part) {
+    const Taps taps(a, c, part);
     const V bias = load(a.bias + c, part);
-    const T* grid = z + a.prefix * a.stride + c;
-    T* to = y + a.prefix * a.stride + c;
-    for (int64_t i = 0; i < a.rows; ++i)
-      for (int64_t j = 0; j < a.columns; ++j)
-        store(to + (i * a.columns + j) * a.stride,
-              gelu(convolve(a, grid, weight, bias, i, j, part)), part);
+    float* d = d_ring.row(i) + dwconv_block + c;
+    for_neighbours(ring, i, c, [&](int64_t j, const V* around) {
+      V slope;
+      const V out = gelu_and_slope(taps.convolve(bias, around), &slope);
+      if (y) store(y + j * a.stride + c, out, part);
+      store(d + j * dwconv_block, load(dy + j * a.stride + c, part) * slope);
+    });
+  });
+}
+
+// Adds the row's part of the gradients of the taps and the bias.
+void sums_of_row(const DwconvTile& a, const Ring& ring, const Ring& d_ring, int64_t i) {
+  for_vectors(a.channels, [&](int64_t c, auto part) {
+    const float* d_row = d_ring.row(i) + dwconv_block + c;
+    V sums[9] = {}, sum_bias{};
+    for_neighbours(ring, i, c, [&](int64_t j, const V* around) {
+      const V d = load(d_row + j * dwconv_block);
+      for (int k = 0; k < 9; ++k) sums[k] += d * around[k];
+      sum_bias += d;
+    });
+    const auto add = [&](float* to, V sum) { store(to + c, load(to + c, part) + sum, part); };
+    for (int k = 0; k < 9; ++k) add(a.sum_weight + k * a.channels, sums[k]);
+    add(a.sum_bias, sum_bias);
   });
 }
 
@@ -82,45 +168,36 @@ void backward(const DwconvTile& a) {
   const T* dy = static_cast<const T*>(a.dy);
   T* y = static_cast<T*>(a.y);
   T* dz = static_cast<T*>(a.dz);
-  for_vectors(a.channels, [&](int64_t c, auto part) {
-    for (int64_t t = 0; t < a.prefix; ++t) {
+  for (int64_t t = 0; t < a.prefix; ++t)
+    for_vectors(a.channels, [&](int64_t c, auto part) {
+      const int64_t at = t * a.stride + c;
       V slope;
-      const V out = gelu_and_slope(load(z + t * a.stride + c, part), &slope);
-      if (y) store(y + t * a.stride + c, out, part);
-      if (dz) store(dz + t * a.stride + c, load(dy + t * a.stride + c, part) * slope, part);
-    }
-    V weight[9], sums[9] = {}, sum_bias{};
-    for (int k = 0; k < 9; ++k) weight[k] = load(a.weight + k * a.weight_stride + c, part);
-    const V bias = load(a.bias + c, part);
-    const int64_t first = a.prefix * a.stride + c;
-    const T* grid = z + first;
-    for (int64_t i = 0; i < a.rows; ++i)
-      for (int64_t j = 0; j < a.columns; ++j) {
-        const int64_t pixel = i * a.columns + j, at = first + pixel * a.stride;
-        V slope;
-        const V out = gelu_and_slope(convolve(a, grid, weight, bias, i, j, part), &slope);
-        if (y) store(y + at, out, part);
-        const V d = load(dy + at, part) * slope;
-        store(a.scratch + pixel * W, d);
-        sum_bias += d;
-        if (a.sum_weight)
-          for_taps(a, i, j, [&](int k, int64_t row, int64_t column) {
-            sums[k] += d * load(grid + (row * a.columns + column) * a.stride, part);
-          });
-      }
-    if (a.sum_weight)
-      for (int k = 0; k < 9; ++k) store(a.sum_weight + k * a.channels + c, sums[k], part);
-    if (a.sum_bias) store(a.sum_bias + c, sum_bias, part);
-    if (!dz) return;
-    for (int64_t i = 0; i < a.rows; ++i)
-      for (int64_t j = 0; j < a.columns; ++j) {
-        V total{};
-        for_taps(a, i, j, [&](int k, int64_t row, int64_t column) {
-          total += weight[8 - k] * load(a.scratch + (row * a.columns + column) * W);
-        });
-        store(dz + first + (i * a.columns + j) * a.stride, total, part);
-      }
+      const V out = gelu_and_slope(load(z + at, part), &slope);
+      if (y) store(y + at, out, part);
+      if (dz) store(dz + at, load(dy + at, part) * slope, part);
+    });
+  const int64_t first = a.prefix * a.stride;
+  const Ring ring{a.scratch, a.columns};
+  const Ring d_ring{a.scratch + dwconv_scratch(a.columns) / 2, a.columns};
+  const auto no_row = [&](int64_t i) { d_ring.fill<float>(i, nullptr, 0, a.channels); };
+  const auto store_row = [&](int64_t i) {
+    for_vectors(a.channels, [&](int64_t c, auto part) {
+      const Taps taps(a, c, part);
+      T* to = dz + first + i * a.columns * a.stride + c;
+      for_neighbours(d_ring, i, c, [&](int64_t j, const V* around) {
+        store(to + j * a.stride, taps.transposed(around), part);
+      });
+    });
+  };
+  for (int64_t i = -1; i < 2; ++i) no_row(i);  // for the columns of zeros
+  for_grid_rows(a, z + first, ring, [&](int64_t i) {
+    slopes_of_row<T>(a, ring, d_ring, i);
+    if (a.sum_weight) sums_of_row(a, ring, d_ring, i);
+    if (dz && i > 0) store_row(i - 1);
   });
+  if (!dz || a.rows == 0) return;
+  no_row(a.rows);
+  store_row(a.rows - 1);
 }
 
 }  // namespace
@@ -148,7 +225,6 @@ namespace fastdiff {
 namespace {
 
 constexpr const char* op = "dwconv_gelu";
-constexpr int64_t lanes = 16;  // of the widest vector: the scratch plane of one piece
 
 struct Call {
   ScalarType dtype;
@@ -189,7 +265,9 @@ struct Call {
                                         const char, char>;
         return p ? static_cast<Byte*>(p) + offset : nullptr;
       };
+      const auto scratch = std::make_unique_for_overwrite<float[]>(dwconv_scratch(all.columns));
       DwconvTile t = all;
+      t.scratch = scratch.get();
       t.channels = std::min(dwconv_block, channels - c);
       t.z = moved(all.z);
       t.dy = moved(all.dy);
@@ -223,10 +301,8 @@ void backward(const Tensor& dy, const Tensor& z, const Tensor& weight, const Ten
   const auto kernel = FASTDIFF_PICK(dwconv_gelu_tile_backward);
   std::vector<float> sums(c.numel() && (dweight_ || dbias_) ? c.batch * 10 * C : 0);
   c.each_piece([&](int64_t image, int64_t channel, DwconvTile t) {
-    const auto plane = std::make_unique<float[]>(rows * columns * lanes);
-    t.scratch = plane.get();
     if (!sums.empty()) {
-      t.sum_weight = dweight_ ? &sums[image * 10 * C + channel * 10] : nullptr;
+      t.sum_weight = &sums[image * 10 * C + channel * 10];
       t.sum_bias = &sums[image * 10 * C + channel * 10 + 9 * t.channels];
     }
     kernel(t);

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -30,7 +31,13 @@ constexpr int W = 4;
 typedef float V __attribute__((vector_size(4 * W)));
 typedef int32_t I __attribute__((vector_size(4 * W)));
 
-FASTDIFF_INLINE V all(float x) { return V{} + x; }
+FASTDIFF_INLINE V all(float x) { return x - V{}; }  // x + 0 would not leave -0 as it is
+
+using Lanes = std::make_integer_sequence<int, W>;
+template <int... lane>
+FASTDIFF_INLINE I lane_numbers(std::integer_sequence<int, lane...>) {
+  return I{lane...};
+}
 
 // How much of a vector a load or a store touches: `load(p, n)` takes either.
 struct Whole {};
@@ -222,11 +229,7 @@ FASTDIFF_INLINE void store(T* p, V v, Part part) {
 }
 // The vector with lanes beyond its part set to 0: before a sum over lanes.
 FASTDIFF_INLINE V keep(V v, Whole) { return v; }
-FASTDIFF_INLINE V keep(V v, Part part) {
-  I lane;
-  for (int i = 0; i < W; ++i) lane[i] = i;
-  return lane < part.n ? v : V{};
-}
+FASTDIFF_INLINE V keep(V v, Part part) { return lane_numbers(Lanes{}) < part.n ? v : V{}; }
 
 // Calls f with a value of the type that `type` names: one switch at a kernel's door.
 template <class F>
@@ -252,21 +255,56 @@ FASTDIFF_INLINE void for_vectors(int64_t size, F f) {
 
 // --- across lanes --------------------------------------------------------------------------------
 
-// Always in the same order, pairwise.
-FASTDIFF_INLINE float sum(V v) {
-  float lane[W];
-  std::memcpy(lane, &v, sizeof v);
-  for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
+// Lanes of a and, from W on, of b: lane i of the result is the one that f(i) names. A constant: an
+// index that is made at run time costs more than what it moves.
+template <class F, int... lane>
+FASTDIFF_INLINE V pick(V a, V b, F f, std::integer_sequence<int, lane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, f(lane)...);
+#else
+  return __builtin_shuffle(a, b, I{f(lane)...});
+#endif
 }
 
+template <int by>
+FASTDIFF_INLINE V rotate(V v) {
+  return pick(v, v, [](int i) constexpr { return (i + by) % W; }, Lanes{});
+}
+
+// Always in the same order, pairwise.
+template <int half = W / 2>
+FASTDIFF_INLINE float sum(V v) {
+  if constexpr (half > 0)
+    return sum<half / 2>(v + rotate<half>(v));
+  else
+    return v[0];
+}
+
+template <int half = W / 2>
 FASTDIFF_INLINE float largest(V v) {
-  float lane[W];
-  std::memcpy(lane, &v, sizeof v);
-  for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
-  return lane[0];
+  if constexpr (half > 0) {
+    const V other = rotate<half>(v);
+    return largest<half / 2>(v > other ? v : other);
+  } else {
+    return v[0];
+  }
+}
+
+// A square of W x W, in place: halves change places, then halves of halves.
+template <int half = W / 2>
+FASTDIFF_INLINE void transpose(V* row) {
+  if constexpr (half > 0) {
+    constexpr auto low = [](int i) constexpr { return i & half ? W + i - half : i; };
+    constexpr auto high = [](int i) constexpr { return i & half ? W + i : i + half; };
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      if (i & half) continue;
+      const V a = row[i], b = row[i + half];
+      row[i] = pick(a, b, low, Lanes{});
+      row[i + half] = pick(a, b, high, Lanes{});
+    }
+    transpose<half / 2>(row);
+  }
 }
 
 FASTDIFF_INLINE V max(V a, V b) { return a > b ? a : b; }

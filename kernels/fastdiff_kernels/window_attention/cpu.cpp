@@ -1,42 +1,49 @@
 // window_attention on CPUs, forward and backward.
 //
-// A window of one head is gathered from the map into float32 matrices that stay in the cache, its
-// products are taken by one small matrix kernel, and its result is scattered back: no roll, no
-// partition, no score tensor. A piece of work is some windows of one head; the bias of a head is
-// laid out once for all its windows. The backward makes the probabilities again, so only the
-// arguments are kept, and adds the gradient of the bias up over the windows of a piece.
+// The pixels of a window are copied, in the order of memory, into float32 matrices that stay in the
+// cache, one for each head; their products are taken by one small matrix kernel, and the results
+// scattered back: no roll, no partition, no score tensor beyond a window's. The bias of a head is
+// laid out once for all windows. The backward makes the probabilities again, so only the arguments
+// are kept, and adds the gradient of the bias up over the windows of a piece of work.
 #include "../native/isa.h"
 
 namespace fastdiff {
 
-// One window of one head. Token n of the window is the pixel at offset pixel[n] (in elements, of
-// that head's first channel of q) or, where pixel[n] < 0, padding. Keys of another region are
+// One window, some heads. Token n of the window is the pixel at offset pixel[n] (in elements, of
+// the first head's first channel of q) or, where pixel[n] < 0, padding. Keys of another region are
 // excluded; without regions every key takes part.
 struct WindowTile {
   Type type;
-  int64_t tokens, width;  // N, d
-  const void* qkv;        // k lies `apart` elements after q, v as many after k
+  int64_t tokens, width, heads;  // N, d
+  const void* qkv;               // k lies `apart` elements after q, v as many after k
   int64_t apart;
   const int64_t* pixel;
   const int64_t* out_pixel;  // the same of the result
   const int32_t* region;     // (N rounded up to 16,) or null
-  const float* bias;         // (N, N rounded up to 16) or null
-  const float* pad;          // (3, d): what padding holds, or null for zeros
+  const float* bias;         // (heads, N, N rounded up to 16) or null
+  const float* pad;          // of q; `apart` on, of k and v: what padding holds; null for zeros
   float scale;
   void* out;
   const void* dout;
   void* dqkv;
-  float* dbias;    // as bias: added to
-  float* dpad;     // (3, d): added to
-  float* scratch;  // window_scratch(N, d) floats
+  float* dbias;  // of the first head as bias, those of others dbias_apart on: added to
+  float* dpad;   // of the first head (3, d), those of others dpad_apart on: added to
+  int64_t dbias_apart, dpad_apart;
+  float* scratch;  // window_scratch(N, d, heads) floats
 };
 
 constexpr int64_t window_round(int64_t n) { return (n + 15) / 16 * 16; }
 
-// Floats of scratch of one thread: two square matrices, and eight of N x d.
-constexpr int64_t window_scratch(int64_t tokens, int64_t width) {
-  const int64_t n = window_round(tokens), d = window_round(width);
-  return 2 * n * n + 9 * n * d + n;
+// Floats of one (N, d). A row more than it needs: at a power of two from each other, the same row
+// of all heads would have to share a few places of the cache.
+constexpr int64_t window_matrix(int64_t tokens, int64_t width) {
+  return (window_round(tokens) + 1) * window_round(width);
+}
+
+// Floats of scratch: of each head q, k, v and dout; and two squares.
+constexpr int64_t window_scratch(int64_t tokens, int64_t width, int64_t heads) {
+  const int64_t n = window_round(tokens);
+  return (4 * heads + 1) * window_matrix(tokens, width) + 2 * n * n + n;
 }
 
 }  // namespace fastdiff
@@ -86,6 +93,18 @@ void product_rows(const float* a, int64_t a_row, int64_t a_column, const float* 
     product_tile<ROWS, 1>(a, a_row, a_column, b + j, b_row, c + j, c_row, depth);
 }
 
+// The last rows, fewer than ROWS of them.
+template <int ROWS>
+void product_rest(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row,
+                  float* c, int64_t c_row, int64_t rows, int64_t columns, int64_t depth) {
+  if constexpr (ROWS > 1) {
+    if (rows == ROWS - 1)
+      product_rows<ROWS - 1>(a, a_row, a_column, b, b_row, c, c_row, columns, depth);
+    else
+      product_rest<ROWS - 1>(a, a_row, a_column, b, b_row, c, c_row, rows, columns, depth);
+  }
+}
+
 // c = a b. a has any strides (so a transpose costs nothing); b and c have rows of whole vectors.
 void product(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row,
              float* c, int64_t c_row, int64_t rows, int64_t columns, int64_t depth) {
@@ -93,57 +112,68 @@ void product(const float* a, int64_t a_row, int64_t a_column, const float* b, in
   for (; i + tile_rows <= rows; i += tile_rows)
     product_rows<tile_rows>(a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row, columns,
                             depth);
-  for (; i < rows; ++i)
-    product_rows<1>(a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row, columns, depth);
+  product_rest<tile_rows>(a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row, rows - i,
+                          columns, depth);
 }
 
-// Matrices of one window: (n, d) with rows of d rounded up, the squares with rows of n rounded up.
+// Matrices of a window: (n, d) with rows of d rounded up, the squares with rows of n rounded up.
 struct Matrices {
-  int64_t n, d, n_row, d_row;
-  float *q, *k, *v, *dout, *turned, *out, *scores, *slopes, *inverse;
+  int64_t n, d, n_row, d_row, wide;
+  float *heads, *turned, *scores, *slopes, *inverse;
 
   explicit Matrices(const WindowTile& a)
-      : n(a.tokens), d(a.width), n_row(window_round(n)), d_row(window_round(d)) {
-    float* next = a.scratch;
-    const auto take = [&](int64_t size) {
-      float* p = next;
-      next += size;
-      return p;
-    };
-    const int64_t wide = n_row * d_row, square = n_row * n_row;
-    q = take(wide), k = take(wide), v = take(wide), dout = take(wide), turned = take(wide);
-    out = take(3 * wide);
-    scores = take(square), slopes = take(square), inverse = take(n_row);
+      : n(a.tokens),
+        d(a.width),
+        n_row(window_round(n)),
+        d_row(window_round(d)),
+        wide(window_matrix(n, d)) {
+    heads = a.scratch;
+    turned = heads + 4 * a.heads * wide;
+    scores = turned + wide;
+    slopes = scores + n_row * n_row;
+    inverse = slopes + n_row * n_row;
   }
+  // Part 0 to 3: q, k, v and dout.
+  float* of(int64_t head, int part) const { return heads + (4 * head + part) * wide; }
 };
 
-// Rows of a map, or what padding holds, as a float32 matrix whose rows end in zeros.
+// Part `part` of all heads from a map, or what padding holds, as matrices whose rows end in zeros.
 template <class T>
-void gather(const T* from, const int64_t* pixel, const float* pad, float by, const Matrices& m,
-            float* to) {
-  for (int64_t i = 0; i < m.n; ++i) {
-    float* row = to + i * m.d_row;
-    for (int64_t c = m.d / W * W; c < m.d_row; c += W) store(row + c, V{});
-    for_vectors(m.d, [&](int64_t c, auto part) {
+FASTDIFF_INLINE void gather(const WindowTile& a, const Matrices& m, int part, int64_t i,
+                            const T* from, const float* pad, float by) {
+  for (int64_t head = 0; head < a.heads; ++head) {
+    float* row = m.of(head, part) + i * m.d_row;
+    if (m.d_row - m.d >= W) store(row + m.d_row - W, V{});
+    for_vectors(m.d, [&](int64_t c, auto some) {
       V value{};
-      if (pixel[i] >= 0) {
-        value = load(from + pixel[i] + c, part);
+      if (from) {
+        value = load(from + head * m.d + c, some);
       } else if (pad) {
-        value = load(pad + c, part);
+        value = load(pad + head * m.d + c, some);
       }
-      store(row + c, value * by, part);
+      store(row + c, value * by);
     });
   }
 }
 
+// A pixel of a result from part `part` of all heads.
 template <class T>
-void scatter(const float* from, const int64_t* pixel, const Matrices& m, T* to) {
-  for (int64_t i = 0; i < m.n; ++i) {
-    if (pixel[i] < 0) continue;
-    const float* row = from + i * m.d_row;
-    for_vectors(m.d,
-                [&](int64_t c, auto part) { store(to + pixel[i] + c, load(row + c, part), part); });
+FASTDIFF_INLINE void scatter(const WindowTile& a, const Matrices& m, int part, int64_t i, T* to) {
+  for (int64_t head = 0; head < a.heads; ++head) {
+    const float* row = m.of(head, part) + i * m.d_row;
+    for_vectors(
+        m.d, [&](int64_t c, auto some) { store(to + head * m.d + c, load(row + c, some), some); });
   }
+}
+
+template <class T>
+void gather_qkv(const WindowTile& a, const Matrices& m) {
+  for (int64_t i = 0; i < m.n; ++i)
+    for (int part = 0; part < 3; ++part) {
+      const T* from =
+          a.pixel[i] < 0 ? nullptr : static_cast<const T*>(a.qkv) + a.pixel[i] + part * a.apart;
+      gather(a, m, part, i, from, a.pad ? a.pad + part * a.apart : nullptr, part ? 1.f : a.scale);
+    }
 }
 
 // Adds the rows of padding to `to`, a few at a time: short sums, as they may be many.
@@ -163,38 +193,40 @@ void add_padding(const float* from, const int64_t* pixel, const Matrices& m, flo
 
 // (n, d) as (d, n), its rows ending in zeros.
 void turn(const float* from, const Matrices& m, float* to) {
-  for (int64_t c = 0; c < m.d; ++c) {
-    float* row = to + c * m.n_row;
-    for (int64_t i = 0; i < m.n; ++i) row[i] = from[i * m.d_row + c];
-    for (int64_t i = m.n; i < m.n_row; ++i) row[i] = 0.f;
-  }
+  for (int64_t i = 0; i < m.n_row; i += W)
+    for (int64_t c = 0; c < m.d; c += W) {
+      V square[W];
+      for (int k = 0; k < W; ++k)
+        square[k] = i + k < m.n ? load(from + (i + k) * m.d_row + c) : V{};
+      transpose(square);
+      for (int k = 0; k < W && c + k < m.d; ++k) store(to + (c + k) * m.n_row + i, square[k]);
+    }
 }
 
 // exp(scores + bias + mask - maximum) and one over the sum of each row.
-void softmax(const WindowTile& a, const Matrices& m) {
+void softmax(const WindowTile& a, const Matrices& m, int64_t head) {
   constexpr float nothing = -__builtin_inff();
-  for (int64_t i = 0; i < m.n; ++i) {
-    float* row = m.scores + i * m.n_row;
+  const int64_t n = m.n, n_row = m.n_row;
+  const float* bias = a.bias ? a.bias + head * n * n_row : nullptr;
+  const int32_t* region = a.region;
+  float* row = m.scores;
+  for (int64_t i = 0; i < n; ++i, row += n_row) {
     V top = all(nothing);
-    for (int64_t j = 0; j < m.n_row; j += W) {
+    for (int64_t j = 0; j < n_row; j += W) {
       V s = load(row + j);
-      if (a.bias) s = s + load(a.bias + i * m.n_row + j);
-      if (a.region) {
+      if (bias) s += load(bias + i * n_row + j);
+      if (region) {
         I other;
-        std::memcpy(&other, a.region + j, sizeof other);
-        s = other == a.region[i] ? s : all(nothing);
+        std::memcpy(&other, region + j, sizeof other);
+        s = other == region[i] ? s : all(nothing);
       }
-      if (j + W > m.n) {
-        I lane;
-        for (int l = 0; l < W; ++l) lane[l] = static_cast<int32_t>(j) + l;
-        s = lane < static_cast<int32_t>(m.n) ? s : all(nothing);
-      }
+      if (j + W > n) s = lane_numbers(Lanes{}) < static_cast<int32_t>(n - j) ? s : all(nothing);
       store(row + j, s);
       top = max(top, s);
     }
     const float maximum = largest(top);
     V total{};
-    for (int64_t j = 0; j < m.n_row; j += W) {
+    for (int64_t j = 0; j < n_row; j += W) {
       const V s = load(row + j);
       const V p = s == nothing ? V{} : exp(s - maximum);
       store(row + j, p);
@@ -204,43 +236,36 @@ void softmax(const WindowTile& a, const Matrices& m) {
   }
 }
 
-template <class T>
-void probabilities(const WindowTile& a, const Matrices& m) {
-  const T* qkv = static_cast<const T*>(a.qkv);
-  const float* pad = a.pad;
-  gather(qkv, a.pixel, pad, a.scale, m, m.q);
-  gather(qkv + a.apart, a.pixel, pad ? pad + a.width : nullptr, 1.f, m, m.k);
-  gather(qkv + 2 * a.apart, a.pixel, pad ? pad + 2 * a.width : nullptr, 1.f, m, m.v);
-  turn(m.k, m, m.turned);
-  product(m.q, m.d_row, 1, m.turned, m.n_row, m.scores, m.n_row, m.n, m.n_row, m.d);
-  softmax(a, m);
+// Of head `head`, not yet divided by the sums of rows.
+void probabilities(const WindowTile& a, const Matrices& m, int64_t head) {
+  turn(m.of(head, 1), m, m.turned);
+  product(m.of(head, 0), m.d_row, 1, m.turned, m.n_row, m.scores, m.n_row, m.n, m.n_row, m.d);
+  softmax(a, m, head);
+}
+
+// Multiplies row i of (n, row) by inverse[i].
+void divide(const Matrices& m, float* from, int64_t row) {
+  for (int64_t i = 0; i < m.n; ++i, from += row)
+    for (int64_t j = 0; j < row; j += W) store(from + j, load(from + j) * m.inverse[i]);
 }
 
 template <class T>
 void forward(const WindowTile& a) {
   const Matrices m(a);
-  probabilities<T>(a, m);
-  product(m.scores, m.n_row, 1, m.v, m.d_row, m.out, m.d_row, m.n, m.d_row, m.n);
+  gather_qkv<T>(a, m);
+  for (int64_t head = 0; head < a.heads; ++head) {
+    probabilities(a, m, head);
+    float* out = m.of(head, 0);  // q is done with
+    product(m.scores, m.n_row, 1, m.of(head, 2), m.d_row, out, m.d_row, m.n, m.d_row, m.n);
+    divide(m, out, m.d_row);
+  }
   for (int64_t i = 0; i < m.n; ++i)
-    for (int64_t c = 0; c < m.d_row; c += W) {
-      float* p = m.out + i * m.d_row + c;
-      store(p, load(p) * m.inverse[i]);
-    }
-  scatter(m.out, a.out_pixel, m, static_cast<T*>(a.out));
+    if (a.out_pixel[i] >= 0) scatter(a, m, 0, i, static_cast<T*>(a.out) + a.out_pixel[i]);
 }
 
-template <class T>
-void backward(const WindowTile& a) {
-  const Matrices m(a);
-  probabilities<T>(a, m);
-  for (int64_t i = 0; i < m.n; ++i)
-    for (int64_t j = 0; j < m.n_row; j += W) {
-      float* p = m.scores + i * m.n_row + j;
-      store(p, load(p) * m.inverse[i]);
-    }
-  gather(static_cast<const T*>(a.dout), a.out_pixel, nullptr, 1.f, m, m.dout);
-  turn(m.v, m, m.turned);
-  product(m.dout, m.d_row, 1, m.turned, m.n_row, m.slopes, m.n_row, m.n, m.n_row, m.d);
+// From the probabilities and the gradient of them that `slopes` holds to that of the scores; its
+// sum is the bias's.
+void slopes_of_scores(const Matrices& m, float* dbias) {
   for (int64_t i = 0; i < m.n; ++i) {
     const float* p = m.scores + i * m.n_row;
     float* slope = m.slopes + i * m.n_row;
@@ -250,24 +275,47 @@ void backward(const WindowTile& a) {
     for (int64_t j = 0; j < m.n_row; j += W) {
       const V d = load(p + j) * (load(slope + j) - delta);
       store(slope + j, d);
-      if (a.dbias) {
-        float* bias = a.dbias + i * m.n_row + j;
-        store(bias, load(bias) + d);
-      }
+      if (!dbias) continue;
+      float* bias = dbias + i * m.n_row + j;
+      store(bias, load(bias) + d);
     }
   }
-  if (!a.dqkv && !a.dpad) return;
-  const int64_t wide = m.n_row * m.d_row;
-  float *dq = m.out, *dk = dq + wide, *dv = dk + wide;
-  product(m.slopes, m.n_row, 1, m.k, m.d_row, dq, m.d_row, m.n, m.d_row, m.n);
-  product(m.slopes, 1, m.n_row, m.q, m.d_row, dk, m.d_row, m.n, m.d_row, m.n);
-  product(m.scores, 1, m.n_row, m.dout, m.d_row, dv, m.d_row, m.n, m.d_row, m.n);
-  for (int64_t i = 0; i < wide; i += W) store(dq + i, load(dq + i) * a.scale);
-  T* to = static_cast<T*>(a.dqkv);
-  for (int part = 0; part < 3; ++part) {
-    scatter(dq + part * wide, a.pixel, m, to + part * a.apart);
-    if (a.dpad) add_padding(dq + part * wide, a.pixel, m, a.dpad + part * a.width);
+}
+
+template <class T>
+void backward(const WindowTile& a) {
+  const Matrices m(a);
+  gather_qkv<T>(a, m);
+  for (int64_t i = 0; i < m.n; ++i) {
+    const T* from = a.out_pixel[i] < 0 ? nullptr : static_cast<const T*>(a.dout) + a.out_pixel[i];
+    gather(a, m, 3, i, from, nullptr, 1.f);
   }
+  for (int64_t head = 0; head < a.heads; ++head) {
+    probabilities(a, m, head);
+    divide(m, m.scores, m.n_row);
+    float *q = m.of(head, 0), *k = m.of(head, 1), *v = m.of(head, 2), *dout = m.of(head, 3);
+    turn(v, m, m.turned);
+    product(dout, m.d_row, 1, m.turned, m.n_row, m.slopes, m.n_row, m.n, m.n_row, m.d);
+    slopes_of_scores(m, a.dbias ? a.dbias + head * a.dbias_apart : nullptr);
+    if (!a.dqkv && !a.dpad) continue;
+    // Each gradient takes the place of a matrix that is done with.
+    float *dv = v, *dq = dout, *dk = k;
+    product(m.scores, 1, m.n_row, dout, m.d_row, dv, m.d_row, m.n, m.d_row, m.n);
+    product(m.slopes, m.n_row, 1, k, m.d_row, dq, m.d_row, m.n, m.d_row, m.n);
+    product(m.slopes, 1, m.n_row, q, m.d_row, dk, m.d_row, m.n, m.d_row, m.n);
+    for (int64_t i = 0; i < m.n * m.d_row; i += W) store(dq + i, load(dq + i) * a.scale);
+    if (!a.dpad) continue;
+    float* dpad = a.dpad + head * a.dpad_apart;
+    for (const float* d : {dq, dk, dv}) {
+      add_padding(d, a.pixel, m, dpad);
+      dpad += m.d;
+    }
+  }
+  if (!a.dqkv) return;
+  constexpr int parts[] = {3, 1, 2};  // where dq, dk and dv are
+  for (int64_t i = 0; i < m.n; ++i)
+    for (int part = 0; part < 3 && a.pixel[i] >= 0; ++part)
+      scatter(a, m, parts[part], i, static_cast<T*>(a.dqkv) + a.pixel[i] + part * a.apart);
 }
 
 }  // namespace
@@ -294,6 +342,7 @@ namespace fastdiff {
 namespace {
 
 constexpr const char* op = "window_attention";
+constexpr int32_t outside = 9;  // the region of padding that takes no part, after the nine
 
 // One call: the map, its windows, and what the kernel reads besides qkv.
 struct Call {
@@ -331,38 +380,49 @@ struct Call {
     pad = floats(op, "pad_qkv", pad_qkv, 3 * C);
     if (table) {
       bias.resize(heads * tokens * row());
-      each_pair([&](int64_t i, int64_t j, int64_t relative) {
-        for (int64_t n = 0; n < heads; ++n)
-          bias[(n * tokens + i) * row() + j] = table[relative * heads + n];
-      });
+      const auto relative = relatives();
+      for (int64_t n = 0; n < heads; ++n)
+        for (int64_t i = 0; i < tokens; ++i)
+          for (int64_t j = 0; j < tokens; ++j)
+            bias[(n * tokens + i) * row() + j] = table[relative[i * row() + j] * heads + n];
     }
   }
 
   int64_t row() const { return window_round(tokens); }
   int64_t windows() const { return batch * down * across; }
   bool empty() const { return batch * H * W == 0; }
-  // Pieces of a head, whatever the number of threads: some windows each.
-  int64_t pieces() const { return std::min<int64_t>(windows(), 16); }
-
-  // f(query, key, row of the bias table)
-  template <class F>
-  void each_pair(const F& f) const {
-    for (int64_t i = 0; i < tokens; ++i)
-      for (int64_t j = 0; j < tokens; ++j)
-        f(i, j, (i / w - j / w + h - 1) * (2 * w - 1) + (i % w - j % w + w - 1));
+  // Pieces, whatever the number of threads: some windows each and, where these are few, some heads.
+  int64_t pieces() const { return std::min<int64_t>(windows(), 32); }
+  int64_t head_pieces() const { return std::clamp<int64_t>(32 / pieces(), 1, heads); }
+  // Heads of a tile, whose matrices shall leave half of a cache of 2 MB for what is read and
+  // written.
+  int64_t most_heads() const {
+    return std::max<int64_t>(1, (int64_t{1} << 18) / (4 * window_matrix(tokens, width)));
   }
 
-  // f(head, piece, tile) for each window; windows of one (head, piece) come in order on one thread.
+  // Rows of the bias table: of (query i, key j) at i * row() + j.
+  std::vector<int32_t> relatives() const {
+    std::vector<int32_t> at(tokens * row());
+    for (int64_t i = 0; i < tokens; ++i)
+      for (int64_t j = 0; j < tokens; ++j)
+        at[i * row() + j] =
+            static_cast<int32_t>((i / w - j / w + h - 1) * (2 * w - 1) + (i % w - j % w + w - 1));
+    return at;
+  }
+
+  // f(first head, part of that head, tile) for each window and run of heads; what belongs to one
+  // part comes in order on one thread.
   template <class F>
-  void each_window(const F& f) const {
-    for_pieces(empty() ? 0 : heads * pieces(), [&](int64_t at) {
-      const int64_t head = at / pieces(), piece = at % pieces();
-      const auto scratch = std::make_unique_for_overwrite<float[]>(window_scratch(tokens, width));
-      std::vector<int64_t> pixel(tokens), out_pixel(tokens);
-      std::vector<int32_t> region(row());
-      std::vector<float> own_pad(pad ? 3 * width : 0);
-      for (int64_t i = 0; i < static_cast<int64_t>(own_pad.size()); ++i)
-        own_pad[i] = pad[i / width * C + head * width + i % width];
+  void each_tile(const F& f) const {
+    if (empty()) return;
+    for_pieces(pieces() * head_pieces(), [&](int64_t at) {
+      const int64_t piece = at / head_pieces(), head_piece = at % head_pieces();
+      const int64_t first = heads * head_piece / head_pieces();
+      const int64_t last = heads * (head_piece + 1) / head_pieces();
+      const int64_t most = std::min(most_heads(), last - first);
+      const auto scratch =
+          std::make_unique_for_overwrite<float[]>(window_scratch(tokens, width, most));
+      Place place(*this);
       WindowTile t{};
       t.type = type;
       t.tokens = tokens;
@@ -370,41 +430,59 @@ struct Call {
       t.apart = C;
       t.scale = scale;
       t.scratch = scratch.get();
-      t.bias = table ? &bias[head * tokens * row()] : nullptr;
-      t.pad = pad ? own_pad.data() : nullptr;
-      t.qkv = static_cast<const char*>(qkv) + head * width * bytes;
-      t.pixel = pixel.data();
-      t.out_pixel = out_pixel.data();
+      t.pixel = place.pixel.data();
+      t.out_pixel = place.out_pixel.data();
       const int64_t end = windows() * (piece + 1) / pieces();
       for (int64_t window = windows() * piece / pieces(); window < end; ++window) {
-        const int64_t image = window / (down * across);
-        const int64_t i = window / across % down, j = window % across;
-        for (int64_t n = 0; n < tokens; ++n)
-          place(i, j, n, image, &pixel[n], &out_pixel[n], &region[n]);
-        const bool torn = std::any_of(region.begin(), region.begin() + tokens,
-                                      [&](int32_t r) { return r != region[0]; });
-        t.region = regions && torn ? region.data() : nullptr;
-        f(head, at, t);
+        place.fill(*this, window);
+        t.region = regions && place.torn ? place.region.data() : nullptr;
+        for (int64_t head = first; head < last; head += most) {
+          t.heads = std::min(most, last - head);
+          t.qkv = static_cast<const char*>(qkv) + head * width * bytes;
+          t.bias = table ? &bias[head * tokens * row()] : nullptr;
+          t.pad = pad ? pad + head * width : nullptr;
+          f(head, head * pieces() + piece, t);
+        }
       }
     });
   }
 
-  // Where token n of window (i, j) lies in the map, rolled back; and its region.
-  void place(int64_t i, int64_t j, int64_t n, int64_t image, int64_t* pixel, int64_t* out_pixel,
-             int32_t* region) const {
-    const int64_t rows = down * h, columns = across * w;
-    const int64_t rolled_y = i * h + n / w, rolled_x = j * w + n % w;
-    const int64_t y = (rolled_y + shift_h) % rows, x = (rolled_x + shift_w) % columns;
-    const bool inside = y < H && x < W;
-    const int64_t at = (image * H + y) * W + x;
-    *pixel = inside ? at * 3 * C : -1;
-    *out_pixel = inside ? at * C : -1;
-    const auto part = [](int64_t position, int64_t size, int64_t window, int64_t shift) {
-      return static_cast<int32_t>((position >= size - window) + (position >= size - shift));
-    };
-    *region = 3 * part(rolled_y, rows, h, shift_h) + part(rolled_x, columns, w, shift_w);
-    if (!inside && !pad_is_value) *region = 9;
-  }
+  // Where the tokens of a window lie in the map, rolled back; and their regions.
+  struct Place {
+    std::vector<int64_t> pixel, out_pixel;
+    std::vector<int32_t> region;
+    bool torn = false;  // into several regions
+
+    explicit Place(const Call& c) : pixel(c.tokens), out_pixel(c.tokens), region(c.row()) {}
+
+    void fill(const Call& c, int64_t window) {
+      const int64_t image = window / (c.down * c.across);
+      const int64_t i = window / c.across % c.down, j = window % c.across;
+      const int64_t rows = c.down * c.h, columns = c.across * c.w;
+      const auto rolled = [](int64_t position, int64_t shift, int64_t size) {
+        return position + shift < size ? position + shift : position + shift - size;
+      };
+      const auto part = [](int64_t position, int64_t size, int64_t window, int64_t shift) {
+        return static_cast<int32_t>((position >= size - window) + (position >= size - shift));
+      };
+      int64_t n = 0;
+      torn = false;
+      for (int64_t row = i * c.h; row < (i + 1) * c.h; ++row) {
+        const int64_t y = rolled(row, c.shift_h, rows);
+        const int32_t part_y = 3 * part(row, rows, c.h, c.shift_h);
+        for (int64_t column = j * c.w; column < (j + 1) * c.w; ++column, ++n) {
+          const int64_t x = rolled(column, c.shift_w, columns);
+          const bool inside = y < c.H && x < c.W;
+          const int64_t at = (image * c.H + y) * c.W + x;
+          pixel[n] = inside ? at * 3 * c.C : -1;
+          out_pixel[n] = inside ? at * c.C : -1;
+          region[n] =
+              inside || c.pad_is_value ? part_y + part(column, columns, c.w, c.shift_w) : outside;
+          torn = torn || region[n] != region[0];
+        }
+      }
+    }
+  };
 };
 
 void forward(const Tensor& qkv, const MaybeTensor& bias_table, const MaybeTensor& pad_qkv,
@@ -413,7 +491,7 @@ void forward(const Tensor& qkv, const MaybeTensor& bias_table, const MaybeTensor
   const Call c(qkv, bias_table, pad_qkv, heads, h, w, shift_h, shift_w, scale, pad_is_value);
   char* to = static_cast<char*>(data(op, "out", out, c.dtype, c.batch * c.H * c.W * c.C));
   const auto kernel = FASTDIFF_PICK(window_attention_tile);
-  c.each_window([&](int64_t head, int64_t, WindowTile& t) {
+  c.each_tile([&](int64_t head, int64_t, WindowTile& t) {
     t.out = to + head * c.width * c.bytes;
     kernel(t);
   });
@@ -430,31 +508,37 @@ void backward(const Tensor& dout, const Tensor& qkv, const MaybeTensor& bias_tab
   const int64_t relatives = (2 * h - 1) * (2 * w - 1), square = c.tokens * c.row();
   float* dtable_ = floats(op, "dtable", dtable, relatives * heads);
   float* dpad_ = floats(op, "dpad", dpad, 3 * c.C);
-  const int64_t pieces = c.empty() ? 0 : heads * c.pieces();
-  std::vector<float> bias_parts(dtable_ ? pieces * square : 0);
-  std::vector<float> pad_parts(dpad_ ? pieces * 3 * c.width : 0);
+  const int64_t pieces = c.empty() ? 0 : c.pieces(), parts = heads * pieces;
+  std::vector<float> bias_parts(dtable_ ? parts * square : 0);
+  std::vector<float> pad_parts(dpad_ ? parts * 3 * c.width : 0);
   const auto kernel = FASTDIFF_PICK(window_attention_tile_backward);
-  c.each_window([&](int64_t head, int64_t piece, WindowTile& t) {
+  c.each_tile([&](int64_t head, int64_t part, WindowTile& t) {
     t.dout = from + head * c.width * c.bytes;
     t.dqkv = to + head * c.width * c.bytes;
-    t.dbias = dtable_ ? &bias_parts[piece * square] : nullptr;
-    t.dpad = dpad_ ? &pad_parts[piece * 3 * c.width] : nullptr;
+    t.dbias_apart = pieces * square;
+    t.dpad_apart = pieces * 3 * c.width;
+    t.dbias = dtable_ ? &bias_parts[part * square] : nullptr;
+    t.dpad = dpad_ ? &pad_parts[part * 3 * c.width] : nullptr;
     kernel(t);
   });
-  if (dtable_)
+  if (dtable_) {
+    const auto relative = c.relatives();
     for_pieces(heads, [&](int64_t head) {
+      std::vector<float> pairs(square);
+      for (int64_t p = head * pieces; p < (head + 1) * pieces; ++p)
+        for (int64_t i = 0; i < square; ++i) pairs[i] += bias_parts[p * square + i];
       std::vector<double> total(relatives);
-      for (int64_t p = head * c.pieces(); pieces && p < (head + 1) * c.pieces(); ++p)
-        c.each_pair([&](int64_t i, int64_t j, int64_t relative) {
-          total[relative] += bias_parts[p * square + i * c.row() + j];
-        });
+      for (int64_t i = 0; i < c.tokens; ++i)
+        for (int64_t j = 0; j < c.tokens; ++j)
+          total[relative[i * c.row() + j]] += pairs[i * c.row() + j];
       for (int64_t r = 0; r < relatives; ++r)
         dtable_[r * heads + head] = static_cast<float>(total[r]);
     });
+  }
   for (int64_t i = 0; dpad_ && i < 3 * c.C; ++i) {
     const int64_t head = i % c.C / c.width, at = i / c.C * c.width + i % c.width;
     double total = 0;
-    for (int64_t p = head * c.pieces(); pieces && p < (head + 1) * c.pieces(); ++p)
+    for (int64_t p = head * pieces; p < (head + 1) * pieces; ++p)
       total += pad_parts[p * 3 * c.width + at];
     dpad_[i] = static_cast<float>(total);
   }
