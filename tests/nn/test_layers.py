@@ -13,16 +13,22 @@ from fastdiff.nn import (
     MHCA,
     MHSA,
     DWConvFFN,
+    FusedAttention,
     GroupNormSiLU,
     LayerNorm,
     LinearFirstHead,
     PatchEmbed,
+    PatchExpanding,
+    PatchMerging,
+    PlainSwinLayer,
     PositionEmbedding,
     RearrangeFirstHead,
     ResBlock,
+    SkipLinear,
     SpatialAttention,
     SwinBlock,
     SwinLayer,
+    TextCondition,
     TimeEmbedding,
     timestep_embedding,
 )
@@ -112,6 +118,61 @@ def test_mhca_ignores_masked_text():
     k, v = (split(part, 4) for part in layer.kv(context).split(32, dim=-1))
     expected = attention(q, k, v, mask[:, None, None]).transpose(1, 2).flatten(2)
     close(layer(x, context, mask), layer.proj(expected))
+
+
+def test_fused_attention_reads_image_and_valid_text():
+    layer = randomized(FusedAttention(32, 12, head_dim=8))
+    x, context = torch.randn(2, 5, 32), torch.randn(2, 3, 12)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    q, k, v = (split(part, 4) for part in layer.qkv(x).split(32, dim=-1))
+    text_k, text_v = (split(part, 4) for part in layer.text_kv(context).split(32, dim=-1))
+    keys = torch.cat([torch.ones(2, 5, dtype=torch.bool), mask], dim=1)[:, None, None]
+    out = attention(q, torch.cat([k, text_k], 2), torch.cat([v, text_v], 2), keys)
+    close(layer(x, context, mask), layer.proj(out.transpose(1, 2).flatten(2)))
+
+
+def test_a_norm_of_the_text_is_of_what_is_read_and_pooled():
+    layer, plain = TextCondition(6, norm=True), TextCondition(6)
+    randomized(layer)
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    context = torch.randn(2, 4, 6)
+    mask = torch.tensor([[True, True, True, False], [False] * 4])
+    normed = F.layer_norm(context, (6,), layer.norm.weight, layer.norm.bias)
+    for mine, expected in zip(
+        layer(context, mask, None, 2), plain(normed, mask, None, 2), strict=True
+    ):
+        close(mine, expected)
+    pooled = torch.randn(2, 6)
+    close(layer(context, mask, pooled, 2)[2][0], pooled[0])
+
+
+def test_skip_linear_reads_a_skip_as_if_concatenated():
+    layer = randomized(SkipLinear(10, 4))
+    x, skip = torch.randn(2, 3, 6), torch.randn(2, 3, 4)
+    close(layer(x, skip), F.linear(torch.cat([x, skip], -1), layer.weight, layer.bias))
+
+
+def test_patch_merging_and_expanding():
+    merging, expanding = randomized(PatchMerging(6)), randomized(PatchExpanding(6))
+    x = torch.randn(2, 6, 4, 8).to(memory_format=torch.channels_last)
+    half = merging(x, None)
+    assert half.shape == (2, 6, 2, 4)
+    four = torch.cat(  # Swin's order: down the column first
+        [x[:, :, i::2, j::2] for j in (0, 1) for i in (0, 1)], dim=1
+    ).permute(0, 2, 3, 1)
+    normed = F.layer_norm(four, (24,), merging.norm.weight, merging.norm.bias)
+    close(half, (normed @ merging.reduction.weight.T).permute(0, 3, 1, 2))
+
+    double = expanding(x, None)
+    assert double.shape == (2, 6, 8, 16)
+    wide = x.permute(0, 2, 3, 1) @ expanding.expand.weight.T
+    for i in (0, 1):
+        for j in (0, 1):
+            quarter = wide[..., (2 * i + j) * 6 :][..., :6]
+            normed = F.layer_norm(quarter, (6,), expanding.norm.weight, expanding.norm.bias)
+            close(double[:, :, i::2, j::2], normed.permute(0, 3, 1, 2))
+    for out in (half, double):
+        assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_spatial_attention():
@@ -238,6 +299,29 @@ def test_swin_layer_in_the_order_of_its_docstring():
     close(layer(x, emb, (context, mask)), expected)
     with pytest.raises(ValueError, match="text is needed"):
         layer(x, emb)
+
+
+def test_plain_swin_layer():
+    layer = randomized(PlainSwinLayer(32, window=4, head_dim=8, context_dim=12))
+    x, context = torch.randn(2, 4, 4, 32), torch.randn(2, 3, 12)
+    mask = torch.ones(2, 3, dtype=torch.bool)
+
+    def norm(x, layer):
+        return F.layer_norm(x, (32,), layer.weight, layer.bias)
+
+    r = x + layer.attn(norm(x, layer.norm1))
+    h = norm(r, layer.cross.norm).flatten(1, 2)
+    r = r + layer.cross.attn(h, context, mask).view_as(r)
+    expected = r + layer.ffn(norm(r, layer.norm2).flatten(1, 2), (4, 4)).view_as(r)
+    close(layer(x, torch.randn(2, 10), (context, mask)), expected)
+
+
+def test_swin_block_reads_a_skip_as_if_concatenated():
+    block = randomized(SwinBlock(8, 32, 10, skip_channels=4, window=4, head_dim=8))
+    twin = SwinBlock(12, 32, 10, window=4, head_dim=8)
+    twin.load_state_dict(block.state_dict())
+    x, skip, emb = torch.randn(2, 8, 8, 8), torch.randn(2, 4, 8, 8), torch.randn(2, 10)
+    close(block(x, emb, skip=skip), twin(torch.cat([x, skip], 1), emb))
 
 
 def test_swin_block_shifts_its_second_layer():
