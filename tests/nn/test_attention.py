@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastdiff.models import ASCEND, ASCENDConfig, IUViT, IUViTConfig
+from fastdiff.models import ASCEND, ASCENDConfig, IUViT, IUViTConfig, UNet, UNetConfig
 from fastdiff.nn import MHCA, MHSA, SpatialAttention, set_attention
 from fastdiff.nn.attention import attention
 
@@ -212,24 +212,26 @@ def test_a_block_ends_with_an_error(packages):
         attention(*make(), key_mask(7))
 
 
-def iuvit() -> IUViT:
-    return IUViT(IUViTConfig(image_size=16, patch_size=4, dim=64, layers=3, context_dim=12))
+def iuvit(**fields) -> IUViT:
+    return IUViT(
+        IUViTConfig(image_size=16, patch_size=4, dim=64, layers=3, context_dim=12, **fields)
+    )
+
+
+LEVELS = {
+    "image_size": 16,
+    "channels": 32,
+    "depth": 1,
+    "multipliers": (1, 2),
+    "attention_resolutions": (8,),
+    "head_dim": 32,
+    "groups": 8,
+    "context_dim": 12,
+}
 
 
 def ascend() -> ASCEND:
-    return ASCEND(
-        ASCENDConfig(
-            image_size=16,
-            channels=32,
-            depth=1,
-            multipliers=(1, 2),
-            attention_resolutions=(8,),
-            head_dim=32,
-            groups=8,
-            window=4,
-            context_dim=12,
-        )
-    )
+    return ASCEND(ASCENDConfig(window=4, **LEVELS))
 
 
 @pytest.mark.parametrize("make_model", [iuvit, ascend])
@@ -265,6 +267,18 @@ def test_per_model(make_model, packages):
         assert not calls
         with pytest.raises(ValueError, match="takes no mask"):
             model.set_attention("flash")(*inputs)
+
+
+@pytest.mark.parametrize(
+    "make_model", [lambda: iuvit(text_attention="fused"), lambda: UNet(UNetConfig(**LEVELS))]
+)
+def test_attention_fused_with_the_text_takes_the_choice_for_masks(make_model, packages):
+    model = make_model().to(DEVICE, torch.bfloat16).set_attention("flash", cross="xformers").eval()
+    x = torch.randn(2, 3, 16, 16, device=DEVICE, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model(x, 5, torch.randn(2, 7, 12, device=DEVICE, dtype=torch.bfloat16))
+    fused = sum(isinstance(m, (MHSA, SpatialAttention)) for m in model.modules())
+    assert calls == ["xformers with a bias"] * fused
 
 
 def test_the_choice_is_not_saved(packages):
