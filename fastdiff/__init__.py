@@ -30,11 +30,13 @@ if fastdiff_kernels.__version__ != __version__:
 if TYPE_CHECKING:
     from fastdiff import ops as ops
     from fastdiff._show_config import show_config
+    from fastdiff.integrations.accelerate import accelerate
     from fastdiff.models import create_model, from_pretrained, list_models
 
-__all__ = ["create_model", "from_pretrained", "list_models", "ops", "show_config"]
+__all__ = ["accelerate", "create_model", "from_pretrained", "list_models", "ops", "show_config"]
 
 _HOME = {
+    "accelerate": "fastdiff.integrations.accelerate",
     "create_model": "fastdiff.models",
     "from_pretrained": "fastdiff.models",
     "list_models": "fastdiff.models",
