@@ -21,10 +21,11 @@ struct DwconvTile {
   float *sum_weight, *sum_bias;  // (9, channels), (channels,): sums over this image
 };
 
-constexpr int64_t dwconv_block = 64;  // channels of a piece, a multiple of every vector's lanes
+constexpr int64_t dwconv_block = 128;  // channels of a piece, a multiple of every vector's lanes
 
-// Two rings.
-constexpr int64_t dwconv_scratch(int64_t columns) { return 6 * (columns + 2) * dwconv_block; }
+// Of a row of a ring, and of all scratch: two rings and a row of results.
+constexpr int64_t dwconv_row(int64_t columns) { return (columns + 2) * dwconv_block; }
+constexpr int64_t dwconv_scratch(int64_t columns) { return 7 * dwconv_row(columns); }
 
 }  // namespace fastdiff
 
@@ -43,7 +44,7 @@ struct Ring {
   float* first;
   int64_t columns;
 
-  float* row(int64_t i) const { return first + (i + 3) % 3 * (columns + 2) * dwconv_block; }
+  float* row(int64_t i) const { return first + (i + 3) % 3 * dwconv_row(columns); }
 
   // Fills row i: the pixels of `from`, `stride` apart, or zeros where it is null.
   template <class T>
@@ -57,20 +58,40 @@ struct Ring {
   }
 };
 
-// f(j, z) for the pixels of row i and the nine values z around each, of the channels at c.
+// f(j, z) for the pixels of row i and the nine values z around each, of the channels at c: two
+// pixels at a time, as Two, while there are two.
 template <class F>
 FASTDIFF_INLINE void for_neighbours(const Ring& ring, int64_t i, int64_t c, F f) {
-  const float *above = ring.row(i - 1) + c, *here = ring.row(i) + c, *below = ring.row(i + 1) + c;
   constexpr int64_t next = dwconv_block;
-  V z[9] = {{}, load(above), load(above + next), {}, load(here), load(here + next),
-            {}, load(below), load(below + next)};
-  for (int64_t j = 0; j < ring.columns; ++j) {
-    for (int k = 0; k < 9; k += 3) z[k] = z[k + 1], z[k + 1] = z[k + 2];
-    const int64_t right = (j + 2) * next;
-    z[2] = load(above + right), z[5] = load(here + right), z[8] = load(below + right);
+  const float* from[3] = {ring.row(i - 1) + c, ring.row(i) + c, ring.row(i + 1) + c};
+  V here[3][4];
+  for (int k = 0; k < 3; ++k) here[k][2] = load(from[k]), here[k][3] = load(from[k] + next);
+  int64_t j = 0;
+  for (; j + 2 <= ring.columns; j += 2) {
+    for (int k = 0; k < 3; ++k) {
+      here[k][0] = here[k][2], here[k][1] = here[k][3];
+      here[k][2] = load(from[k] + (j + 2) * next), here[k][3] = load(from[k] + (j + 3) * next);
+    }
+    Two z[9];
+    for (int k = 0; k < 9; ++k) z[k] = {{here[k / 3][k % 3], here[k / 3][k % 3 + 1]}};
+    f(j, z);
+  }
+  if (j < ring.columns) {
+    V z[9];
+    for (int k = 0; k < 9; ++k)
+      z[k] = k % 3 < 2 ? here[k / 3][k % 3 + 2] : load(from[k / 3] + (j + 2) * next);
     f(j, z);
   }
 }
+
+// As a pair of neighbouring pixels in a row of a ring, or one pixel.
+FASTDIFF_INLINE void store_pixels(float* p, V x) { store(p, x); }
+FASTDIFF_INLINE void store_pixels(float* p, Two x) {
+  store(p, x.v[0]);
+  store(p + dwconv_block, x.v[1]);
+}
+FASTDIFF_INLINE V load_pixels(const float* p, V) { return load(p); }
+FASTDIFF_INLINE Two load_pixels(const float* p, Two) { return {{load(p), load(p + dwconv_block)}}; }
 
 // The taps of the channels at c, and what they make of nine values.
 struct Taps {
@@ -79,14 +100,17 @@ struct Taps {
   Taps(const DwconvTile& a, int64_t c, auto part) {
     for (int k = 0; k < 9; ++k) weight[k] = load(a.weight + k * a.weight_stride + c, part);
   }
-  FASTDIFF_INLINE V convolve(V start, const V* z) const {
-    for (int k = 0; k < 9; ++k) start += weight[k] * z[k];
-    return start;
+  template <class X>
+  FASTDIFF_INLINE X convolve(V start, const X* z) const {
+    X x = start + weight[0] * z[0];
+    for (int k = 1; k < 9; ++k) x = x + weight[k] * z[k];
+    return x;
   }
-  FASTDIFF_INLINE V transposed(const V* d) const {
-    V total = weight[8] * d[0];
-    for (int k = 1; k < 9; ++k) total += weight[8 - k] * d[k];
-    return total;
+  template <class X>
+  FASTDIFF_INLINE X transposed(const X* d) const {
+    X x = weight[8] * d[0];
+    for (int k = 1; k < 9; ++k) x = x + weight[8 - k] * d[k];
+    return x;
   }
 };
 
@@ -105,6 +129,13 @@ FASTDIFF_INLINE void for_grid_rows(const DwconvTile& a, const T* grid, const Rin
   }
 }
 
+// Writes a row of results, pixels dwconv_block apart, to pixels `stride` apart.
+template <class T>
+void write_row(const float* from, int64_t columns, int64_t channels, T* to, int64_t stride) {
+  for (int64_t j = 0; j < columns; ++j, from += dwconv_block, to += stride)
+    for_vectors(channels, [&](int64_t c, auto part) { store(to + c, load(from + c, part), part); });
+}
+
 template <class T>
 void forward(const DwconvTile& a) {
   const T* z = static_cast<const T*>(a.z);
@@ -115,33 +146,32 @@ void forward(const DwconvTile& a) {
     });
   const int64_t first = a.prefix * a.stride;
   const Ring ring{a.scratch, a.columns};
+  float* results = a.scratch + 6 * dwconv_row(a.columns);
   for_grid_rows(a, z + first, ring, [&](int64_t i) {
     for_vectors(a.channels, [&](int64_t c, auto part) {
       const Taps taps(a, c, part);
       const V bias = load(a.bias + c, part);
-      T* to = y + first + i * a.columns * a.stride + c;
-      for_neighbours(ring, i, c, [&](int64_t j, const V* around) {
-        store(to + j * a.stride, gelu(taps.convolve(bias, around)), part);
+      for_neighbours(ring, i, c, [&](int64_t j, const auto* around) {
+        store_pixels(results + j * dwconv_block + c, gelu(taps.convolve(bias, around)));
       });
     });
+    write_row(results, a.columns, a.channels, y + first + i * a.columns * a.stride, a.stride);
   });
 }
 
-// The row's gradient before the GELU, into the ring of d; y again where it is asked for.
-template <class T>
-void slopes_of_row(const DwconvTile& a, const Ring& ring, const Ring& d_ring, int64_t i) {
-  const int64_t at = (a.prefix + i * a.columns) * a.stride;
-  const T* dy = static_cast<const T*>(a.dy) + at;
-  T* y = a.y ? static_cast<T*>(a.y) + at : nullptr;
+// From a row of dy in the ring of d to the gradient before the GELU, in place; y into `results`.
+void slopes_of_row(const DwconvTile& a, const Ring& ring, const Ring& d_ring, int64_t i,
+                   float* results) {
   for_vectors(a.channels, [&](int64_t c, auto part) {
     const Taps taps(a, c, part);
     const V bias = load(a.bias + c, part);
     float* d = d_ring.row(i) + dwconv_block + c;
-    for_neighbours(ring, i, c, [&](int64_t j, const V* around) {
-      V slope;
-      const V out = gelu_and_slope(taps.convolve(bias, around), &slope);
-      if (y) store(y + j * a.stride + c, out, part);
-      store(d + j * dwconv_block, load(dy + j * a.stride + c, part) * slope);
+    for_neighbours(ring, i, c, [&](int64_t j, const auto* around) {
+      auto slope = around[0];
+      const auto out = gelu_and_slope(taps.convolve(bias, around), &slope);
+      if (results) store_pixels(results + j * dwconv_block + c, out);
+      float* at = d + j * dwconv_block;
+      store_pixels(at, load_pixels(at, slope) * slope);
     });
   });
 }
@@ -151,10 +181,10 @@ void sums_of_row(const DwconvTile& a, const Ring& ring, const Ring& d_ring, int6
   for_vectors(a.channels, [&](int64_t c, auto part) {
     const float* d_row = d_ring.row(i) + dwconv_block + c;
     V sums[9] = {}, sum_bias{};
-    for_neighbours(ring, i, c, [&](int64_t j, const V* around) {
-      const V d = load(d_row + j * dwconv_block);
-      for (int k = 0; k < 9; ++k) sums[k] += d * around[k];
-      sum_bias += d;
+    for_neighbours(ring, i, c, [&](int64_t j, const auto* around) {
+      const auto d = load_pixels(d_row + j * dwconv_block, around[0]);
+      for (int k = 0; k < 9; ++k) sums[k] += both(d * around[k]);
+      sum_bias += both(d);
     });
     const auto add = [&](float* to, V sum) { store(to + c, load(to + c, part) + sum, part); };
     for (int k = 0; k < 9; ++k) add(a.sum_weight + k * a.channels, sums[k]);
@@ -178,26 +208,30 @@ void backward(const DwconvTile& a) {
     });
   const int64_t first = a.prefix * a.stride;
   const Ring ring{a.scratch, a.columns};
-  const Ring d_ring{a.scratch + dwconv_scratch(a.columns) / 2, a.columns};
+  const Ring d_ring{a.scratch + 3 * dwconv_row(a.columns), a.columns};
+  float* results = a.scratch + 6 * dwconv_row(a.columns);
+  const auto at = [&](auto* grid, int64_t i) { return grid + first + i * a.columns * a.stride; };
   const auto no_row = [&](int64_t i) { d_ring.fill<float>(i, nullptr, 0, a.channels); };
-  const auto store_row = [&](int64_t i) {
+  const auto write_dz = [&](int64_t i) {
     for_vectors(a.channels, [&](int64_t c, auto part) {
       const Taps taps(a, c, part);
-      T* to = dz + first + i * a.columns * a.stride + c;
-      for_neighbours(d_ring, i, c, [&](int64_t j, const V* around) {
-        store(to + j * a.stride, taps.transposed(around), part);
+      for_neighbours(d_ring, i, c, [&](int64_t j, const auto* around) {
+        store_pixels(results + j * dwconv_block + c, taps.transposed(around));
       });
     });
+    write_row(results, a.columns, a.channels, at(dz, i), a.stride);
   };
-  for (int64_t i = -1; i < 2; ++i) no_row(i);  // for the columns of zeros
+  no_row(-1);
   for_grid_rows(a, z + first, ring, [&](int64_t i) {
-    slopes_of_row<T>(a, ring, d_ring, i);
+    d_ring.fill(i, at(dy, i), a.stride, a.channels);
+    slopes_of_row(a, ring, d_ring, i, y ? results : nullptr);
+    if (y) write_row(results, a.columns, a.channels, at(y, i), a.stride);
     if (a.sum_weight) sums_of_row(a, ring, d_ring, i);
-    if (dz && i > 0) store_row(i - 1);
+    if (dz && i > 0) write_dz(i - 1);
   });
   if (!dz || a.rows == 0) return;
   no_row(a.rows);
-  store_row(a.rows - 1);
+  write_dz(a.rows - 1);
 }
 
 }  // namespace

@@ -50,7 +50,7 @@ struct Same {
   FASTDIFF_INLINE V operator()(const float* p, auto) const { return all(*p); }
 };
 struct Each {
-  FASTDIFF_INLINE V operator()(const float* p, auto part) const { return load(p, part); }
+  FASTDIFF_INLINE auto operator()(const float* p, auto part) const { return load(p, part); }
 };
 
 // f(x offset, y offset, channel, part, reader of constants) over a tile, in the order of memory.
@@ -58,12 +58,12 @@ template <class F>
 FASTDIFF_INLINE void for_tile(const GroupNormTile& a, F f) {
   if (a.x_channel == 1 && a.y_channel == 1) {
     for (int64_t p = 0; p < a.pixels; ++p)
-      for_vectors(a.channels, [&](int64_t c, auto part) {
+      for_pairs(a.channels, [&](int64_t c, auto part) {
         f(p * a.x_pixel + c, p * a.y_pixel + c, c, part, Each{});
       });
   } else {
     for (int64_t c = 0; c < a.channels; ++c)
-      for_vectors(a.pixels, [&](int64_t p, auto part) {
+      for_pairs(a.pixels, [&](int64_t p, auto part) {
         f(c * a.x_channel + p, c * a.y_channel + p, c, part, Same{});
       });
   }
@@ -124,12 +124,12 @@ void statistics_of_planes(const GroupNormTile& a) {
     for (int64_t start = 0; start < a.pixels; start += block) {
       const int64_t size = a.pixels - start < block ? a.pixels - start : block;
       const V total = sum_vectors<1>(size, [&](int64_t i, auto part) {
-                        return Sums<1>{{load(x + start + i, part)}};
+                        return several(load(x + start + i, part));
                       }).of[0];
       const float middle = sum(total) / static_cast<float>(size);
       const auto about = sum_vectors<2>(size, [&](int64_t i, auto part) {
-        const V v = keep(load(x + start + i, part) - middle, part);
-        return Sums<2>{{v, v * v}};
+        const auto v = keep(load(x + start + i, part) - middle, part);
+        return several(v, v * v);
       });
       const double n = static_cast<double>(size), all = static_cast<double>(start + size);
       const double correction = sum(about.of[0]) / n, delta = middle + correction - mean;
@@ -148,15 +148,15 @@ void apply(const GroupNormTile& a) {
   const T* x = static_cast<const T*>(a.x);
   T* y = static_cast<T*>(a.y);
   for_tile(a, [&](int64_t at, int64_t to, int64_t c, auto part, auto constant) {
-    const V v = (load(x + at, part) - constant(a.mean + c, part)) * constant(a.up + c, part) +
-                constant(a.offset + c, part);
+    const auto v = (load(x + at, part) - constant(a.mean + c, part)) * constant(a.up + c, part) +
+                   constant(a.offset + c, part);
     store(y + to, SILU ? silu(v) : v, part);
   });
 }
 
 // dy * act' where act was applied to (x - mean) * up + offset.
-template <bool SILU>
-FASTDIFF_INLINE V before_activation(V dy, V centred, V up, V offset) {
+template <bool SILU, class X>
+FASTDIFF_INLINE X before_activation(X dy, X centred, auto up, auto offset) {
   return SILU ? dy * silu_slope(centred * up + offset) : dy;
 }
 
@@ -164,21 +164,32 @@ template <class T, bool SILU>
 void sums(const GroupNormTile& a) {
   const T* x = static_cast<const T*>(a.x);
   const T* dy = static_cast<const T*>(a.dy);
-  const auto both = [&](int64_t at, int64_t to, int64_t c, auto part, auto constant, V* centred) {
-    *centred = load(x + at, part) - constant(a.mean + c, part);
-    return before_activation<SILU>(load(dy + to, part), *centred, constant(a.up + c, part),
-                                   constant(a.offset + c, part));
+  // d, and d * centred.
+  const auto both = [&](auto x_, auto dy_, V mean, V up, V offset) {
+    const auto centred = x_ - mean;
+    const auto d = before_activation<SILU>(dy_, centred, up, offset);
+    return several(d, d * centred);
   };
   if (a.x_channel == 1 && a.y_channel == 1) {
     clear(a.first, a.channels);
     clear(a.second, a.channels);
     for_rows(a, [&](int64_t p, int64_t rows, int64_t c, auto part) {
+      const V mean = load(a.mean + c, part), up = load(a.up + c, part);
+      const V offset = load(a.offset + c, part);
       V d_sum{}, x_sum{};
-      for (int64_t k = p; k < p + rows; ++k) {
-        V centred;
-        const V d = both(k * a.x_pixel + c, k * a.y_pixel + c, c, part, Each{}, &centred);
-        d_sum += d;
-        x_sum += d * centred;
+      int64_t k = p;
+      const auto x_at = [&](int64_t i) { return load(x + i * a.x_pixel + c, part); };
+      const auto dy_at = [&](int64_t i) { return load(dy + i * a.y_pixel + c, part); };
+      for (; k + 2 <= p + rows; k += 2) {
+        const auto sums =
+            both(Two{{x_at(k), x_at(k + 1)}}, Two{{dy_at(k), dy_at(k + 1)}}, mean, up, offset);
+        d_sum += sums.of[0].v[0] + sums.of[0].v[1];
+        x_sum += sums.of[1].v[0] + sums.of[1].v[1];
+      }
+      if (k < p + rows) {
+        const auto sums = both(x_at(k), dy_at(k), mean, up, offset);
+        d_sum += sums.of[0];
+        x_sum += sums.of[1];
       }
       store(a.first + c, load(a.first + c, part) + d_sum, part);
       store(a.second + c, load(a.second + c, part) + x_sum, part);
@@ -186,14 +197,14 @@ void sums(const GroupNormTile& a) {
     return;
   }
   for (int64_t c = 0; c < a.channels; ++c) {
+    const V mean = all(a.mean[c]), up = all(a.up[c]), offset = all(a.offset[c]);
     double first = 0, second = 0;
     for (int64_t start = 0; start < a.pixels; start += block) {
       const int64_t size = a.pixels - start < block ? a.pixels - start : block;
       const auto both_sums = sum_vectors<2>(size, [&](int64_t i, auto part) {
-        V centred;
-        const V d = both(c * a.x_channel + start + i, c * a.y_channel + start + i, c, part, Same{},
-                         &centred);
-        return Sums<2>{{d, d * centred}};  // 0 beyond the part, as dy is
+        const int64_t p = start + i;  // the sums are 0 beyond the part, as dy is
+        return both(load(x + c * a.x_channel + p, part), load(dy + c * a.y_channel + p, part), mean,
+                    up, offset);
       });
       first += sum(both_sums.of[0]);
       second += sum(both_sums.of[1]);
@@ -209,11 +220,11 @@ void apply_backward(const GroupNormTile& a) {
   const T* dy = static_cast<const T*>(a.dy);
   T* dx = static_cast<T*>(a.dx);
   for_tile(a, [&](int64_t at, int64_t to, int64_t c, auto part, auto constant) {
-    const V centred = load(x + at, part) - constant(a.mean + c, part);
-    const V up = constant(a.up + c, part);
-    const V d =
+    const auto centred = load(x + at, part) - constant(a.mean + c, part);
+    const auto up = constant(a.up + c, part);
+    const auto d =
         before_activation<SILU>(load(dy + to, part), centred, up, constant(a.offset + c, part));
-    const V rest = constant(a.constant + c, part) + centred * constant(a.slope + c, part);
+    const auto rest = constant(a.constant + c, part) + centred * constant(a.slope + c, part);
     store(dx + at, up * d - rest, part);
   });
 }

@@ -226,12 +226,12 @@ void softmax(const WindowTile& a, const Matrices& m, int64_t head) {
     }
     const float maximum = largest(top);
     V total{};
-    for (int64_t j = 0; j < n_row; j += W) {
-      const V s = load(row + j);
-      const V p = s == nothing ? V{} : exp(s - maximum);
-      store(row + j, p);
-      total += p;
-    }
+    for_pairs(n_row, [&](int64_t j, auto part) {
+      const auto s = load(row + j, part);
+      const auto p = lanes([](V v, V e) { return v == nothing ? V{} : e; }, s, exp(s - maximum));
+      store(row + j, p, part);
+      total += both(p);
+    });
     m.inverse[i] = 1.f / sum(total);
   }
 }
