@@ -21,6 +21,8 @@ from fastdiff.nn import (
     FusedAttention,
     FusedSpatialAttention,
     SpatialAttention,
+    Text,
+    as_timesteps,
 )
 from fastdiff.nn.attention import load_implementation
 
@@ -117,10 +119,57 @@ class Backbone(nn.Module):
 
     Config: ClassVar[type]
     config: Any
+    time: nn.Module
+    label: nn.Module | None
+    text: nn.Module | None
+    time_text: nn.Module | None
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
+
+    def forward(
+        self,
+        x: Tensor,
+        t: int | float | Tensor,
+        context: Tensor | None = None,
+        *,
+        context_mask: Tensor | None = None,
+        pooled: Tensor | None = None,
+        y: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the process's target (the noise, in the paper) from a noised image.
+
+        Args:
+            x: (B, C, H, W), image in [-1, 1] plus noise.
+            t: Time in steps 0..999; int, float, or tensor of shape (), (1,) or (B,).
+            context: (B, S, context_dim) text features, None = null condition.
+            context_mask: (B, S) bool, True = valid; a row of False = null condition.
+            pooled: (B, context_dim), None = mean of the valid positions.
+            y: (B,) int64 labels; `num_classes` or None = no label.
+
+        Returns:
+            (B, out_channels, H, W), dtype of x; twice the channels with `learn_variance`.
+
+        Raises:
+            ValueError: A shape does not fit the configuration; both numbers are in the message.
+        """
+        check_image(type(self).__name__, x, self.config.in_channels, self.config.multiple)
+        batch = x.shape[0]
+        self.check_conditions(batch, context, context_mask, pooled, y)
+
+        emb = self.time(as_timesteps(t, batch, x.device))
+        text = None
+        if self.text is not None and self.time_text is not None:
+            context, mask, pooled = self.text(context, context_mask, pooled, batch)
+            emb = self.time_text(emb.to(self.dtype), pooled)
+            text = (context, mask)
+        label = None if self.label is None else self.label(y, batch)
+        return self.denoise(x.to(self.dtype), emb, label, text).to(x.dtype)
+
+    def denoise(self, x: Tensor, emb: Tensor, label: Tensor | None, text: Text | None) -> Tensor:
+        """The network itself, on checked inputs in its own dtype."""
+        raise NotImplementedError
 
     @property
     def dtype(self) -> torch.dtype:

@@ -14,7 +14,6 @@ from fastdiff.models.backbone import (
     Backbone,
     BackboneConfig,
     check_choice,
-    check_image,
     check_positive,
 )
 from fastdiff.models.decoders import DECODERS, Decoder
@@ -23,9 +22,9 @@ from fastdiff.nn import (
     FFN,
     GroupNormSiLU,
     LabelEmbedding,
+    Text,
     TextCondition,
     TimeEmbedding,
-    as_timesteps,
 )
 
 
@@ -170,47 +169,11 @@ class HierarchicalBackbone(Backbone):
         nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def forward(
-        self,
-        x: Tensor,
-        t: int | float | Tensor,
-        context: Tensor | None = None,
-        *,
-        context_mask: Tensor | None = None,
-        pooled: Tensor | None = None,
-        y: Tensor | None = None,
-    ) -> Tensor:
-        """Predict the process's target (the noise, in the paper) from a noised image.
-
-        Args:
-            x: (B, C, H, W), image in [-1, 1] plus noise.
-            t: Time in steps 0..999; int, float, or tensor of shape (), (1,) or (B,).
-            context: (B, S, context_dim) text features, None = null condition.
-            context_mask: (B, S) bool, True = valid; a row of False = null condition.
-            pooled: (B, context_dim), None = mean of the valid positions.
-            y: (B,) int64 labels; `num_classes` or None = no label.
-
-        Returns:
-            (B, out_channels, H, W), dtype of x; twice the channels with `learn_variance`.
-
-        Raises:
-            ValueError: A shape does not fit the configuration; both numbers are in the message.
-        """
-        check_image(type(self).__name__, x, self.config.in_channels, self.config.multiple)
-        batch = x.shape[0]
-        self.check_conditions(batch, context, context_mask, pooled, y)
-
-        emb = self.time(as_timesteps(t, batch, x.device))
-        text = None
-        if self.text is not None and self.time_text is not None:
-            context, mask, pooled = self.text(context, context_mask, pooled, batch)
-            emb = self.time_text(emb, pooled)
-            text = (context, mask)
-        if self.label is not None:
-            emb = emb + self.label(y, batch)
-
-        h = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+    def denoise(self, x: Tensor, emb: Tensor, label: Tensor | None, text: Text | None) -> Tensor:
+        """x (B, C, H, W), emb and label (B, E), to (B, out_channels, H, W)."""
+        emb = emb if label is None else emb + label
+        h = x.contiguous(memory_format=torch.channels_last)
         skips = self.encoder(h, emb, text)
         h = self.middle(skips[-1], emb, text)
         h = self.decoder(h, skips, emb, text)
-        return self.conv_out(self.norm_out(h)).to(x.dtype)
+        return self.conv_out(self.norm_out(h))

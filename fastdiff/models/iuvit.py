@@ -15,7 +15,6 @@ from fastdiff.models.backbone import (
     Backbone,
     BackboneConfig,
     check_choice,
-    check_image,
     check_positive,
 )
 from fastdiff.nn import (
@@ -34,7 +33,6 @@ from fastdiff.nn import (
     Text,
     TextCondition,
     TimeEmbedding,
-    as_timesteps,
 )
 
 
@@ -100,6 +98,11 @@ class IUViTConfig(BackboneConfig):
         check_choice("IUViTConfig", "ffn", self.ffn, FFN)
         check_choice("IUViTConfig", "head", self.head, HEADS)
         check_choice("IUViTConfig", "text_attention", self.text_attention, TEXT_BLOCKS)
+
+    @property
+    def multiple(self) -> int:
+        """Image sides must be multiples of this."""
+        return self.patch_size
 
 
 class Block(Checkpointed):
@@ -186,6 +189,24 @@ def block_class(config: IUViTConfig) -> type[Block]:
     return Block if config.context_dim is None else TEXT_BLOCKS[config.text_attention]
 
 
+class TimeTextLinear(nn.Linear):
+    """Time and pooled text side by side, and one Linear.
+
+    Args:
+        dim: D.
+        context_dim: Width of the pooled text.
+
+    Source: B.1 ("concatenated with timestep embedding"); a reading, pinned by the published count.
+    """
+
+    def __init__(self, dim: int, context_dim: int) -> None:
+        super().__init__(dim + context_dim, dim)
+
+    def forward(self, time: Tensor, pooled: Tensor) -> Tensor:  # type: ignore[override]
+        """time (B, D), pooled (B, width), to (B, D)."""
+        return super().forward(torch.cat([time, pooled.to(time.dtype)], dim=1))
+
+
 class IUViT(Backbone):
     """The improved U-ViT.
 
@@ -212,7 +233,7 @@ class IUViT(Backbone):
         self.text, self.time_text = None, None
         if config.context_dim is not None:
             self.text = TextCondition(config.context_dim)
-            self.time_text = nn.Linear(dim + config.context_dim, dim)
+            self.time_text = TimeTextLinear(dim, config.context_dim)
         self.positions = PositionEmbedding(self.prefix, grid, dim, std=config.position_std)
         half = config.layers // 2
         block = block_class(config)
@@ -229,53 +250,19 @@ class IUViT(Backbone):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(
-        self,
-        x: Tensor,
-        t: int | float | Tensor,
-        context: Tensor | None = None,
-        *,
-        context_mask: Tensor | None = None,
-        pooled: Tensor | None = None,
-        y: Tensor | None = None,
-    ) -> Tensor:
-        """Predict the process's target (the noise, in the paper) from a noised image.
-
-        Args:
-            x: (B, C, H, W), image in [-1, 1] plus noise.
-            t: Time in steps 0..999; int, float, or tensor of shape (), (1,) or (B,).
-            context: (B, S, context_dim) text features, None = null condition.
-            context_mask: (B, S) bool, True = valid; a row of False = null condition.
-            pooled: (B, context_dim), None = mean of the valid positions.
-            y: (B,) int64 labels; `num_classes` or None = no label.
-
-        Returns:
-            (B, out_channels, H, W), dtype of x; twice the channels with `learn_variance`.
-
-        Raises:
-            ValueError: A shape does not fit the configuration; both numbers are in the message.
-        """
-        check_image("IUViT", x, self.config.in_channels, self.config.patch_size)
-        batch, _, height, width = x.shape
+    def denoise(self, x: Tensor, emb: Tensor, label: Tensor | None, text: Text | None) -> Tensor:
+        """x (B, C, H, W), emb and label (B, D), to (B, out_channels, H, W)."""
+        _, _, height, width = x.shape
         if (height, width) != self.config.sides and not self.config.resize_positions:
             sides = "x".join(map(str, self.config.sides))
             raise ValueError(
                 f"IUViT: image is {height}x{width}, the model has positions for {sides}; create it "
                 "with resize_positions=True to interpolate them"
             )
-        self.check_conditions(batch, context, context_mask, pooled, y)
         grid = (height // self.config.patch_size, width // self.config.patch_size)
-
-        tokens = self.patch_embed(x.to(self.dtype))
-        emb = self.time(as_timesteps(t, batch, x.device)).to(tokens.dtype)
-        text = None
-        if self.text is not None and self.time_text is not None:
-            context, mask, pooled = self.text(context, context_mask, pooled, batch)
-            emb = self.time_text(torch.cat([emb, pooled.to(emb.dtype)], dim=1))
-            text = (context, mask)
-        front = [emb.unsqueeze(1)]
-        if self.label is not None:
-            front.insert(0, self.label(y, batch).expand(batch, -1).unsqueeze(1).to(emb.dtype))
+        tokens = self.patch_embed(x)
+        extra = [emb] if label is None else [label, emb]
+        front = [token.unsqueeze(1).to(tokens.dtype) for token in extra]
         h = torch.cat([*front, tokens], dim=1) + self.positions(grid)
 
         skips = []
@@ -285,4 +272,4 @@ class IUViT(Backbone):
         h = self.mid_block(h, grid, self.prefix, text)
         for block in self.out_blocks:
             h = block(h, grid, self.prefix, text, skips.pop())
-        return self.head(h, grid, self.prefix).to(x.dtype)
+        return self.head(h, grid, self.prefix)
