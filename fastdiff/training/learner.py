@@ -65,6 +65,7 @@ class Learner(nn.Module):
         self.process = make_process(recipe)
         kind = next(model for model in MODELS.values() if model.Config is type(recipe.model))
         self.backbone: Backbone = kind(recipe.model)
+        self.backbone.set_checkpointing(recipe.train.checkpointing)
         self.text: SmallTextEncoder | None = text if isinstance(text, SmallTextEncoder) else None
         self._frozen: list[AnyTextEncoder] = [] if self.text is not None else [text]
 

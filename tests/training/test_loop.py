@@ -63,6 +63,22 @@ def test_a_resumed_run_is_bit_identical_to_an_unbroken_one(model, tmp_path):
     assert_same(weights, load_file(resumed / "model" / "model.safetensors"))
 
 
+def test_checkpointed_activations_change_no_bit(tmp_path):
+    runs = [
+        train(
+            tiny_recipe(
+                tmp_path,
+                model=ASCEND,
+                max_steps=2,
+                checkpointing=checkpointing,
+                out=str(tmp_path / f"run{checkpointing}"),
+            )
+        )
+        for checkpointing in (False, True)
+    ]
+    assert_same(*map(newest, runs))
+
+
 def stop_after(recipe, steps: int) -> None:
     """Run `steps` steps of a recipe, then interrupt it as Ctrl-C does."""
     trainer = Trainer(recipe, 0, 1, torch.device("cpu"))
