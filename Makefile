@@ -36,7 +36,7 @@ demo-ascend: $(STAMP)  ## the same job with a small ASCEND
 
 ##@ Check
 
-.PHONY: test test-full test-gpu lint types layout unit interpreter aot
+.PHONY: test test-full test-gpu lint types layout unit interpreter aot sanitize
 test: $(STAMP)  ## what CI runs: lint, types, layout, unit tests, the Triton kernels without a GPU
 	@$(MAKE) --no-print-directory lint types layout
 	@$(MAKE) --no-print-directory unit
@@ -48,6 +48,7 @@ test-full: $(STAMP)  ## `make test`, and the slow tests
 	$(call step,slow tests of the compiled CPU kernels,FASTDIFF_TEST_BACKEND=native \
 	  $(PYTEST) tests/kernels/backends -m slow)
 	$(call step,slow tests of the Triton kernels,$(INTERPRET) $(PYTEST) tests/kernels/backends -m slow)
+	@$(MAKE) --no-print-directory sanitize
 	@$(MAKE) --no-print-directory aot
 	$(call step,ahead-of-time compile of everything,$(PY) -m benchmarks.aot_report --full)
 
@@ -75,6 +76,17 @@ interpreter: $(STAMP)  ## the Triton kernels' tests, interpreted on the CPU
 
 aot: $(STAMP)  ## compile every Triton kernel for sm_80 and sm_90 and judge the machine code
 	$(call step,ahead-of-time compile,$(PY) -m benchmarks.aot_report --quick >/dev/null)
+
+# What a sanitizer finds ends the test's process; its report is build/sanitize/report.<pid>.
+SANITIZED := build/sanitize/libfastdiff_cpu.so
+sanitize: $(STAMP)  ## the compiled CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(VENV)/bin/cmake -S . -B build/sanitize -G Ninja -DCMAKE_BUILD_TYPE=Sanitize \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
+	  -DTORCH_ROOT=$$($(PY) -c 'import torch; print(*torch.__path__)') >/dev/null
+	$(call step,sanitizer build,$(VENV)/bin/cmake --build build/sanitize >/dev/null)
+	$(call step,compiled CPU kernels sanitized,FASTDIFF_NATIVE_LIBRARY=$(SANITIZED) FASTDIFF_TEST_BACKEND=native \
+	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:log_path=build/sanitize/report $(PYTEST) tests/kernels/backends -m "not slow")
 
 ##@ Measure
 

@@ -15,7 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-LIBRARY = Path(__file__).with_name("libfastdiff_cpu.so")
+# The variable names another build, such as that of `make sanitize`.
+LIBRARY = Path(
+    os.environ.get("FASTDIFF_NATIVE_LIBRARY") or Path(__file__).with_name("libfastdiff_cpu.so")
+)
 LEVELS = ("portable", "x86-64-v3", "avx512", "avx512_bf16")
 """Instruction sets, in the order of `Level` in native/isa.h; a CPU of one runs all before it."""
 
