@@ -167,7 +167,6 @@ class HierarchicalBackbone(Backbone):
         self.conv_out = nn.Conv2d(config.level_channels[0], config.predicted_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def denoise(self, x: Tensor, emb: Tensor, label: Tensor | None, text: Text | None) -> Tensor:
         """x (B, C, H, W), emb and label (B, E), to (B, out_channels, H, W)."""
