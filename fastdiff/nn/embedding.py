@@ -29,7 +29,8 @@ def as_timesteps(t: int | float | Tensor, batch: int, device: torch.device) -> T
         ValueError: The shape is none of the accepted ones.
     """
     steps = torch.as_tensor(t, device=device).to(torch.float32)
-    if steps.ndim > 1 or (steps.ndim == 1 and steps.shape[0] not in (1, batch)):
+    # not `in (1, batch)`: torch.compile answers that wrongly where one of the two is symbolic
+    if steps.ndim > 1 or (steps.ndim == 1 and steps.shape[0] != 1 and steps.shape[0] != batch):
         raise ValueError(
             f"model: t has shape {tuple(steps.shape)}, expected (), (1,) or ({batch},) for a "
             f"batch of {batch}"

@@ -30,6 +30,7 @@ from fastdiff.nn import (
     SwinLayer,
     TextCondition,
     TimeEmbedding,
+    as_timesteps,
     timestep_embedding,
 )
 
@@ -60,6 +61,19 @@ def test_timestep_embedding_is_cosines_then_sines():
             assert row[4 + i].item() == pytest.approx(math.sin(angle), abs=1e-4)
     with pytest.raises(ValueError, match="dim=7 is odd"):
         timestep_embedding(t, 7)
+
+
+def test_a_compiled_model_takes_as_many_times_as_the_image_has_channels():
+    """One symbol then stands for the batch, a number for what it is compared with."""
+
+    def model(x, t):
+        assert x.shape[1] == 3
+        return as_timesteps(t, x.shape[0], x.device)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    t = torch.tensor([1.0, 2.0, 3.0])
+    close(compiled(torch.zeros(3, 3, 16, 16), t), t)
 
 
 def test_time_embedding():
