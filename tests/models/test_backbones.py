@@ -241,6 +241,15 @@ def test_every_skip_of_ascend_is_used_once():
     assert model(X, T).shape == X.shape
 
 
+@pytest.mark.parametrize("fields", [{}, {"decoder": "swin"}, {"skips": "reduced"}], ids=str)
+def test_the_decoder_reads_every_skip(fields):
+    model = randomize(make_ascend(depth=2, **fields))
+    emb = torch.randn(3, model.config.emb_dim)
+    skips = [skip.detach().requires_grad_() for skip in model.encoder(X, emb, None)]
+    grads = torch.autograd.grad(model.decoder(skips[-1].detach(), skips, emb, None).sum(), skips)
+    assert all(grad.any() for grad in grads)
+
+
 def test_dropout_acts_in_training_only():
     for model in (randomize(make_ascend(dropout=0.5)),):
         model.train()
