@@ -111,7 +111,7 @@ def _moments(shift, s1, s2, member, n):  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["HWV", "scale_row", "shift_row"])
-def whole_forward(  # type: ignore[no-untyped-def]
+def group_norm_silu_whole_forward(  # type: ignore[no-untyped-def]
     x, skip, weight, bias, scale, shift, y, mean, rstd, scale_row, shift_row, HWV, eps,
     C1: tl.constexpr, C2: tl.constexpr, CPG: tl.constexpr, NHWC: tl.constexpr, V: tl.constexpr,
     UNIT: tl.constexpr, SILU: tl.constexpr, GT: tl.constexpr, BG: tl.constexpr,
@@ -148,7 +148,7 @@ def whole_forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["first", "HWV", "blocks", "chunks"])
-def statistics(  # type: ignore[no-untyped-def]
+def group_norm_silu_statistics(  # type: ignore[no-untyped-def]
     x, skip, means, squares, first, HWV, blocks, chunks, C1: tl.constexpr, C2: tl.constexpr,
     CPG: tl.constexpr, NHWC: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr,
     GT: tl.constexpr, BG: tl.constexpr, WIDTH: tl.constexpr, CS: tl.constexpr,
@@ -203,7 +203,7 @@ def statistics(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["first", "HWV", "scale_row", "shift_row", "part_pixels", "parts",
                                "blocks", "chunks"])  # fmt: skip
-def apply(  # type: ignore[no-untyped-def]
+def group_norm_silu_apply(  # type: ignore[no-untyped-def]
     x, skip, weight, bias, scale, shift, y, mean, rstd, means, squares, scale_row, shift_row,
     first, HWV, eps, part_pixels, parts, blocks, chunks, C1: tl.constexpr, C2: tl.constexpr,
     CPG: tl.constexpr, NHWC: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr,
@@ -292,7 +292,7 @@ def _store(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["HWV", "scale_row", "shift_row"])
-def whole_backward(  # type: ignore[no-untyped-def]
+def group_norm_silu_whole_backward(  # type: ignore[no-untyped-def]
     dy, x, skip, weight, bias, scale, shift, mean, rstd, dx, dskip, zs, zxs, scale_row,
     shift_row, HWV, C1: tl.constexpr, C2: tl.constexpr, CPG: tl.constexpr, NHWC: tl.constexpr,
     V: tl.constexpr, UNIT: tl.constexpr, SILU: tl.constexpr, GT: tl.constexpr,
@@ -332,7 +332,7 @@ def whole_backward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["first", "HWV", "scale_row", "shift_row", "blocks", "chunks"])
-def sums(  # type: ignore[no-untyped-def]
+def group_norm_silu_sums(  # type: ignore[no-untyped-def]
     dy, x, skip, weight, bias, scale, shift, mean, rstd, zs, zxs, group_zs, group_zxs,
     scale_row, shift_row, first, HWV, blocks, chunks, C1: tl.constexpr, C2: tl.constexpr,
     CPG: tl.constexpr, NHWC: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr,
@@ -387,7 +387,7 @@ def sums(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["first", "HWV", "scale_row", "shift_row", "parts", "blocks",
                                "chunks", "tile0", "tiles"])  # fmt: skip
-def input_gradients(  # type: ignore[no-untyped-def]
+def group_norm_silu_input_gradients(  # type: ignore[no-untyped-def]
     dy, x, skip, weight, bias, scale, shift, mean, rstd, dx, dskip, group_zs, group_zxs,
     scale_row, shift_row, first, HWV, parts, blocks, chunks, tile0, tiles, C1: tl.constexpr,
     C2: tl.constexpr, CPG: tl.constexpr, NHWC: tl.constexpr, V: tl.constexpr,
@@ -436,7 +436,7 @@ def input_gradients(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["B", "chunks", "scale_row"])
-def parameter_gradients(  # type: ignore[no-untyped-def]
+def group_norm_silu_parameter_gradients(  # type: ignore[no-untyped-def]
     zs, zxs, weight, bias, scale, dweight, dbias, dscale, dshift, B, chunks, scale_row,
     C: tl.constexpr, AFFINE: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -624,21 +624,20 @@ def _pointwise(shape: _Shape, block: int) -> dict[str, int]:
 
 
 @functools.lru_cache(1024)
-def _chunks(HW: int, BP: int, others: int, processors: int) -> tuple[int, int]:
-    """(tiles of a program, programs along the pixels), for a balanced load of the processors.
+def _chunks(HW: int, BP: int, others: int, processors: int, resident: int) -> tuple[int, int]:
+    """(tiles of a program, programs along the pixels), with `others` programs for each of these.
 
-    Three programs a processor at least, if there are so many tiles, but no more than 64 along the
-    pixels: the next kernel adds up what each leaves.
+    The least time of the processor that has most to do, which takes `resident` programs to be busy;
+    but chunks cost the next kernel time, and are 64 at most: it adds up what each leaves.
     """
     tiles = cdiv(HW, BP)
 
-    def merit(blocks: int) -> float:
+    def time(blocks: int) -> float:
         chunks = cdiv(tiles, blocks)
-        programs = chunks * others
-        busy = tiles * others / (cdiv(programs, processors) * processors * blocks)
-        return min(1.0, programs / (3 * processors)) * busy - chunks / 500
+        programs = max(resident, cdiv(chunks * others, processors))
+        return programs * (blocks + 1) * (1 + chunks / 500)  # one for the start of a program
 
-    blocks = max(range(cdiv(tiles, 64), tiles + 1)[:1024], key=merit)
+    blocks = min(range(cdiv(tiles, 64), tiles + 1)[:1024], key=time)
     return blocks, cdiv(tiles, blocks)
 
 
@@ -721,8 +720,8 @@ def _given(
 def _launch_whole(
     kernel: Any, tile: dict[str, int], shape: _Shape, on: _launch.Chip, arguments: dict[str, Any]
 ) -> None:
-    name = f"group_norm_silu_{kernel.__name__}"
-    default = {"per_thread": 32 if kernel is whole_forward else 16}
+    name = kernel.__name__
+    default = {"per_thread": 32 if kernel is group_norm_silu_whole_forward else 16}
     per_thread = _launch.config(name, shape.key, on, default)["per_thread"]
     num_warps = min(16, max(1, tile["BP"] * tile["BC"] // (32 * per_thread)))
     grid = (shape.B * cdiv(shape.G, tile["GT"]),)
@@ -745,16 +744,17 @@ class _Plan:
     def make(
         cls, kernel: Any, shape: _Shape, images: int, on: _launch.Chip, channels: range
     ) -> _Plan:
-        name = f"group_norm_silu_{kernel.__name__}"
+        name = kernel.__name__
         default = {"block": 8192 // shape.itemsize, "num_warps": 4, "num_stages": 3}
         chosen = _launch.config(name, shape.key, on, default)
-        if kernel in (statistics, sums):
+        if kernel in (group_norm_silu_statistics, group_norm_silu_sums):
             tile = _reduction(shape, chosen["block"])
             across = cdiv(shape.G, tile["GT"]) * tile["CS"]
         else:
             tile = _pointwise(shape, chosen["block"])
             across = cdiv(channels.stop, tile["BC"]) - channels.start // tile["BC"]
-        blocks, chunks = _chunks(shape.HW, tile["BP"], images * across, on.processors)
+        resident = 3 if kernel is group_norm_silu_sums else 4  # by their registers
+        blocks, chunks = _chunks(shape.HW, tile["BP"], images * across, on.processors, resident)
         return cls(kernel, tile, across, blocks, chunks, chosen["num_warps"], chosen["num_stages"])
 
     @property
@@ -794,14 +794,14 @@ def _forward(
     out = {"y": y, "mean": mean, "rstd": rstd, "eps": eps, "SILU": activate}
     tile = _whole(shape, on.processors)
     if tile is not None:
-        _launch_whole(whole_forward, tile, shape, on, given | out)
+        _launch_whole(group_norm_silu_whole_forward, tile, shape, on, given | out)
         return
     images = _images(shape.B, shape.C * shape.HW * shape.itemsize, on)
     every = range(shape.C)
-    before = _Plan.make(statistics, shape, images, on, every)
-    after = _Plan.make(apply, shape, images, on, every)
+    before = _Plan.make(group_norm_silu_statistics, shape, images, on, every)
+    after = _Plan.make(group_norm_silu_apply, shape, images, on, every)
     parts = {name: mean.new_empty(shape.B, before.parts, shape.G) for name in ("means", "squares")}
-    read = {n: v for n, v in given.items() if n in statistics.arg_names} | parts
+    read = {n: v for n, v in given.items() if n in group_norm_silu_statistics.arg_names} | parts
     merged = {
         **{"part_pixels": before.blocks * before.tile["BP"], "parts": before.parts},
         **{"WIDTH": before.tile["WIDTH"], "CS": before.tile["CS"], "PARTS": _PARTS},
@@ -848,7 +848,7 @@ def _backward(
     channels = range(0 if dx is not None else shape.C1, shape.C if dskip is not None else shape.C1)
     chunks = 1
     if tile is None:
-        before = _Plan.make(sums, shape, images, on, channels)
+        before = _Plan.make(group_norm_silu_sums, shape, images, on, channels)
         chunks = before.chunks
 
     def partials(needed: bool, *size: int) -> Tensor | None:
@@ -858,13 +858,13 @@ def _backward(
         name: partials(needs_parameters, shape.B, chunks, shape.C) for name in ("zs", "zxs")
     }
     if tile is not None:
-        _launch_whole(whole_backward, tile, shape, on, given | inputs | per_channel)
+        _launch_whole(group_norm_silu_whole_backward, tile, shape, on, given | inputs | per_channel)
     else:
         per_group = {
             name: partials(needs_inputs, shape.B, before.parts, shape.G)
             for name in ("group_zs", "group_zxs")
         }
-        after = _Plan.make(input_gradients, shape, images, on, channels)
+        after = _Plan.make(group_norm_silu_input_gradients, shape, images, on, channels)
         merged = {"parts": before.parts, "PARTS": _PARTS, "tiles": after.across}
         merged["tile0"] = channels.start // after.tile["BC"]
         for first in range(0, shape.B, images):
@@ -882,7 +882,9 @@ def _backward(
             **{"BC": 16, "ROWS": 128},
         }
         grid = (cdiv(shape.C, 16) * (affine + shape.B * film),)
-        _launch.launch(parameter_gradients, grid, num_warps=4, **arguments, **per_channel)  # type: ignore[arg-type]
+        _launch.launch(
+            group_norm_silu_parameter_gradients, grid, num_warps=4, **arguments, **per_channel
+        )  # type: ignore[arg-type]
     for gradient, written in ((dx, inputs["dx"]), (dskip, inputs["dskip"])):
         if gradient is not None and written is not None and written is not gradient:
             gradient.copy_(written)

@@ -433,13 +433,13 @@ def test_any_shape(B, grid, prefix, C):
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_any_shape_and_dtype_at_length(data):
-    grid = data.draw(st.tuples(st.integers(1, 40), st.integers(1, 40)))
-    prefix, C = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 300))
+    grid = data.draw(st.tuples(st.integers(1, 35), st.integers(1, 20)))
+    prefix, C = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 140))
     dtype = data.draw(st.sampled_from(DTYPES))
     if dtype is torch.float32 or grid[0] * grid[1] * C < 400:
-        check_float32(grid, prefix, C, data.draw(st.integers(1, 3)))
+        check_float32(grid, prefix, C, data.draw(st.integers(1, 2)))
     else:
         check_numerics(gelu_on(grid, prefix), make(grid, prefix, C), dtype)

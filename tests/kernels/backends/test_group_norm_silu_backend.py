@@ -35,7 +35,7 @@ LARGE = {
     "many pixels": (80, 0, 16, 17, 2),
     "the seam at 16 bytes": (24, 56, 16, 17, 2),
     "an odd seam": (20, 13, 15, 19, 1),
-    "one wide group": (16, 24, 16, 17, 1),
+    "one wide group": (40, 8, 16, 17, 1),
     "few channels": (2, 4, 65, 66, 1),
     "many channels": (80, 140, 9, 9, 1),
     "wide groups, the seam within": (100, 220, 6, 8, 1),
@@ -343,20 +343,19 @@ def test_a_few_images_at_a_time():
     inputs = on_device(make(*size, B=5))
     call = call_with(groups, CHANNELS_LAST)
     with _launch.pretend(dataclasses.replace(_launch.CHIPS["interpreter"], l2=1 << 17)):
-        compare(call, inputs, torch.randn(5, 40, 16, 17, device=DEVICE))
+        compare(call, inputs, torch.randn(5, 48, 16, 17, device=DEVICE))
         with _launch.recording() as launches:
             call(*(t.detach().to("meta") for t in inputs))
     assert [launch.arguments["first"] for launch in launches] == [0, 0, 2, 2, 4, 4]
 
 
 @triton_only
-@each_layout
-def test_a_chip_with_many_processors(layout):
+def test_a_chip_with_many_processors():
     """Programs of one tile; more parts than a prologue adds up at once."""
     with _launch.pretend(_launch.Chip("default", 300, 101_376, 1 << 30)):
-        *size, groups = LARGE["few channels"]
-        inputs = on_device(make(*size, B=1))
-        compare(call_with(groups, layout), inputs, torch.randn(1, 6, 65, 66, device=DEVICE))
+        inputs = on_device(make(16, 24, 33, 33, B=1))
+        dy = torch.randn(1, 40, 33, 33, device=DEVICE)
+        compare(call_with(1, CHANNELS_LAST), inputs, dy)
 
 
 @triton_only
@@ -373,7 +372,7 @@ def test_other_tiles(layout, block):
         config = {"block": block, "num_warps": 4, "num_stages": 1}
         overrides = {(name, ",".join(map(str, key))): config for name in kernels}
         patch.setattr(_launch, "_overrides", overrides)
-        compare(call, inputs, torch.randn(2, 40, 16, 17, device=DEVICE))
+        compare(call, inputs, torch.randn(2, 48, 16, 17, device=DEVICE))
 
 
 @triton_only
