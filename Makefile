@@ -40,7 +40,7 @@ demo-ascend: $(STAMP)  ## the same job with a small ASCEND
 test: $(STAMP)  ## what CI runs: lint, types, layout, unit tests, the Triton kernels without a GPU
 	@$(MAKE) --no-print-directory lint types layout
 	@$(MAKE) --no-print-directory unit
-	@$(MAKE) --no-print-directory interpreter
+	@$(MAKE) --no-print-directory interpreter aot
 
 test-full: $(STAMP)  ## `make test`, and the slow tests
 	@$(MAKE) --no-print-directory test
@@ -49,7 +49,6 @@ test-full: $(STAMP)  ## `make test`, and the slow tests
 	  $(PYTEST) tests/kernels/backends -m slow)
 	$(call step,slow tests of the Triton kernels,$(INTERPRET) $(PYTEST) tests/kernels/backends -m slow)
 	@$(MAKE) --no-print-directory sanitize
-	@$(MAKE) --no-print-directory aot
 	$(call step,ahead-of-time compile of everything,$(PY) -m benchmarks.aot_report --full)
 
 test-gpu: $(STAMP)  ## the Triton kernels' tests on this machine's GPU

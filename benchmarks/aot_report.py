@@ -1,13 +1,14 @@
 """Compile every Triton kernel for GPUs that are not here, and judge what the compiler made of it.
 
     python -m benchmarks.aot_report            # all presets, sm_80 and sm_90
-    python -m benchmarks.aot_report --quick    # three presets: what CI runs
+    python -m benchmarks.aot_report --quick    # a few forms of every kernel: what CI runs
     python -m benchmarks.aot_report --full     # sm_100, float32 and float16 as well
     python -m benchmarks.aot_report --write    # and store the table in benchmarks/results/aot.md
 
 The launches are those of one training step of each of the paper's presets, recorded on the meta
 device with the launcher's own block sizes and specialisation. Exit status 1 on a spill, on more
-shared memory than the chip has, or where a large tensor is not read and written 16 bytes at a time.
+shared memory than the chip has, or where a large tensor is read or written in narrow pieces: by
+threads of less than 16 bytes each, unless the 32 of a warp cover whole lines of 128.
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ PRESETS = {
     "ascend_t2i_128": 16,
 }
 
-# Every kernel, at the widths that matter most.
+# These launch every kernel.
 QUICK = ("iuvit_cifar10", "iuvit_cc12m64", "ascend_t2i_128")
+QUICK_FORMS = 3  # of each: the first, the last and one between
 
 # Per streaming multiprocessor: registers, warps, blocks, bytes of shared memory.
 REGISTERS, WARPS, BLOCKS = 65_536, 64, 32
@@ -98,8 +100,13 @@ class Compiled:
     registers: int
     spilled: int
     shared: int
-    narrowest: dict[str, int]
+    widths: dict[str, int]
+    spans: dict[str, int]
     seconds: float
+
+    def narrow(self) -> list[str]:
+        """The large tensors that neither a thread nor a warp takes in whole pieces."""
+        return [n for n, width in self.widths.items() if width < 16 and self.spans.get(n, 0) < 128]
 
     def resident(self, family: str, num_warps: int) -> int:
         """Warps of this kernel that one multiprocessor can hold."""
@@ -152,6 +159,18 @@ def collect(family: str, presets: Iterable[str], dtypes: Sequence[torch.dtype]) 
     return sorted(found.values(), key=lambda k: (order.index(k.op), k.name, k.case))
 
 
+def few(kernels: Sequence[Kernel]) -> list[Kernel]:
+    """Of each kernel at most QUICK_FORMS specialisations, evenly spread."""
+    forms: dict[tuple[str, str], list[Kernel]] = {}
+    for kernel in kernels:
+        forms.setdefault((kernel.op, kernel.name), []).append(kernel)
+    kept = []
+    for some in forms.values():
+        last, count = len(some) - 1, min(len(some), QUICK_FORMS)
+        kept += [some[last * i // max(count - 1, 1)] for i in range(count)]
+    return kept
+
+
 def bind(launch: _launch.Launch, backend: Any) -> tuple[Any, Any, Any, Any]:
     """(options, signature, constants, attributes) as a launch on the chip would have them."""
     kernel = launch.kernel
@@ -187,6 +206,7 @@ def compile_one(job: tuple[int, str]) -> Compiled:
         spilled,
         made.metadata.shared,
         {name: widths[name] for name in tensors if name in large and name in widths},
+        warp_spans(made.asm["ttgir"]),
         time.perf_counter() - started,
     )
 
@@ -264,6 +284,52 @@ def accesses(ptx: str, names: Sequence[str]) -> dict[str, int]:
     return dict(widest)
 
 
+_LAYOUT = re.compile(r"^(#\w+) = #ttg\.blocked<\{(.*)\}>")
+_POINTERS = re.compile(r"tensor<([\dx]+)x!tt\.ptr<[a-z]+(\d+)\S*>, ([^>]*(?:<.*>)?)>")
+_MEMORY = re.compile(r"(?:%\S+ = )?(?:tt\.load|tt\.store|ttg\.async_copy_global_to_local) (%\w+)")
+
+
+def warp_spans(ttgir: str) -> dict[str, int]:
+    """For each pointer argument, the bytes in a row that a warp covers by one access, at least.
+
+    Follows the values from the arguments to loads, stores and asynchronous copies; of these the
+    layout tells how many lanes of a warp lie side by side along the dimension that is contiguous.
+    """
+    layouts: dict[str, dict[str, list[int]]] = {}
+    origins: dict[str, set[str]] = {}
+    least: dict[str, int] = {}
+    for line in map(str.strip, ttgir.splitlines()):
+        if layout := _LAYOUT.match(line):
+            fields = re.findall(r"(\w+) = \[([\d, ]+)\]", layout[2])
+            layouts[layout[1]] = {name: [int(n) for n in text.split(",")] for name, text in fields}
+        elif line.startswith("tt.func"):
+            for name in re.findall(r"%(\w+): !tt\.ptr", line):
+                origins[f"%{name}"] = {name}
+        elif access := _MEMORY.match(line):
+            pointers = _POINTERS.search(line)
+            span = 0 if pointers is None else _span(pointers, layouts)
+            for name in origins.get(access[1], ()):
+                least[name] = min(least.get(name, span), span)
+        else:
+            for inner, start in re.findall(r"(%\w+) = (%\w+)", line):  # what a loop carries
+                origins.setdefault(inner, set()).update(origins.get(start, ()))
+            if made := re.match(r"(%\w+)(?::\d+)? = (.*)", line):
+                used = re.findall(r"%\w+", made[2])
+                found = set().union(*(origins.get(value, set()) for value in used))
+                origins.setdefault(made[1], set()).update(found)
+    return least
+
+
+def _span(pointers: re.Match[str], layouts: dict[str, dict[str, list[int]]]) -> int:
+    shape = [int(n) for n in pointers[1].split("x")]
+    layout = layouts.get(pointers[3])
+    if layout is None:  # a slice or what the compiler made itself: not known to be whole lines
+        return 0
+    fast = layout["order"][0]
+    lanes = layout["sizePerThread"][fast] * layout["threadsPerWarp"][fast]
+    return min(lanes, shape[fast]) * int(pointers[2]) // 8
+
+
 def faults(kernel: Kernel, made: Compiled, family: str) -> list[str]:
     """Why this kernel does not pass."""
     found = []
@@ -273,15 +339,16 @@ def faults(kernel: Kernel, made: Compiled, family: str) -> list[str]:
         found.append(f"{made.shared} bytes of shared memory; {family} has room for less")
     if not made.resident(family, kernel.launch.num_warps):
         found.append("does not fit a multiprocessor")
-    narrow = [f"{name} {width} B" for name, width in made.narrowest.items() if width < 16]
-    if narrow:
-        found.append(f"narrow accesses: {', '.join(narrow)}")
+    if narrow := made.narrow():
+        pieces = (f"{n} {made.widths[n]} B ({made.spans.get(n, 0)} a warp)" for n in narrow)
+        found.append(f"narrow accesses: {', '.join(pieces)}")
     return found
 
 
 def row(kernel: Kernel, made: Compiled, family: str, wrong: list[str]) -> str:
     """One line of the table."""
-    width = min(made.narrowest.values(), default=0)
+    width = min(made.widths.values(), default=0)
+    lines = width < 16 and not made.narrow()
     cells = [
         f"`{kernel.name}`",
         kernel.case,
@@ -291,7 +358,7 @@ def row(kernel: Kernel, made: Compiled, family: str, wrong: list[str]) -> str:
         f"{made.spilled}",
         f"{made.shared / 1024:.1f}",
         f"{made.resident(family, kernel.launch.num_warps)}",
-        f"{width or '-'}",
+        f"{width or '-'}{', whole lines' if width and lines else ''}",
         "; ".join(wrong) or "ok",
     ]
     return f"| {' | '.join(cells)} |"
@@ -304,20 +371,26 @@ HEAD = (
 
 
 def report(
-    families: Sequence[str], presets: Iterable[str], dtypes: Sequence[torch.dtype]
+    families: Sequence[str],
+    presets: Iterable[str],
+    dtypes: Sequence[torch.dtype],
+    quick: bool = False,
 ) -> tuple[str, int]:
-    """Compile everything; the Markdown and the number of kernels that do not pass."""
+    """Compile everything, or a few forms; the Markdown and how many kernels do not pass."""
     lines = [
         "# What the compiler makes of the kernels",
         "",
         "One training step of each preset, bfloat16, compiled ahead of time with no GPU",
         f"(triton {triton.__version__}; `python -m benchmarks.aot_report --write`).",
         "*Resident warps* of one multiprocessor follow from registers and shared memory. *Access*",
-        "is the widest load or store of a thread, for the large tensor that has the narrowest.",
+        "is the widest load or store of a thread, for the large tensor that has the narrowest;",
+        "*whole lines* where it is of less than 16 bytes, but a warp's lies on whole lines of 128.",
     ]
     bad = 0
     for family in families:
         _work[:] = collect(family, presets, dtypes)
+        if quick:
+            _work[:] = few(_work)
         jobs = [(index, family) for index in range(len(_work))]
         with ProcessPoolExecutor(
             os.cpu_count(), mp_context=multiprocessing.get_context("fork")
@@ -341,7 +414,7 @@ def report(
 def main() -> None:
     """Print the table; fail if a kernel does."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument("--quick", action="store_true", help="a few forms of every kernel")
     parser.add_argument("--full", action="store_true", help="sm_100, float32 and float16 too")
     parser.add_argument("--write", action="store_true", help=f"store the table in {RESULTS.name}")
     args = parser.parse_args()
@@ -349,7 +422,8 @@ def main() -> None:
         raise SystemExit("aot_report: unset TRITON_INTERPRET: the interpreter compiles nothing")
     families = ["sm_80", "sm_90"] + ["sm_100"] * args.full
     dtypes = [torch.bfloat16] + [torch.float32, torch.float16] * args.full
-    text, bad = report(families, QUICK if args.quick else tuple(PRESETS), dtypes)
+    presets = QUICK if args.quick else tuple(PRESETS)
+    text, bad = report(families, presets, dtypes, args.quick)
     print(text)
     if args.write:
         RESULTS.parent.mkdir(exist_ok=True)

@@ -510,7 +510,7 @@ def _plan(
         "span": span,
         "C": C,
         # The usual widths are known to the compiler, which folds them into addresses.
-        "WIDTH": W if W in (8, 16, 32, 64) else 0,
+        "WIDTH": W if W in (16, 32, 64) else 0,
         "WHOLE": H % rows == 0,
         "SPLIT": spans > 1,
     }

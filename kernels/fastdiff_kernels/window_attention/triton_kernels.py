@@ -186,7 +186,7 @@ def _on_padding(p, padding):
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def _forward(
+def window_attention_forward(
     qkv, table, pad, out, scale, windows, H, W, shift_h, shift_w, groups,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, h: tl.constexpr, w: tl.constexpr,
     T: tl.constexpr, BLOCKS: tl.constexpr,
@@ -236,7 +236,7 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def _backward(
+def window_attention_backward(
     qkv, table, pad, dy, dqkv, d_bias, d_pad, scale, windows, H, W, shift_h, shift_w, groups,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, h: tl.constexpr, w: tl.constexpr,
     T: tl.constexpr,
@@ -303,7 +303,7 @@ def _backward(
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def _backward_queries(
+def window_attention_backward_queries(
     qkv, table, pad, dy, dqkv, d_pad, rows_top, rows_share, rows_delta,
     scale, windows, H, W, shift_h, shift_w, groups,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, h: tl.constexpr, w: tl.constexpr,
@@ -388,7 +388,7 @@ def _backward_queries(
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def _backward_keys(
+def window_attention_backward_keys(
     qkv, table, dy, dqkv, rows_top, rows_share, rows_delta,
     scale, windows, H, W, shift_h, shift_w, groups,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, h: tl.constexpr, w: tl.constexpr,
@@ -433,7 +433,7 @@ def _backward_keys(
 
 
 @triton.jit(do_not_specialize=_VARYING)
-def _backward_bias(
+def window_attention_backward_bias(
     qkv, table, pad, dy, d_bias, rows_top, rows_share, rows_delta,
     scale, windows, H, W, shift_h, shift_w, groups,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, h: tl.constexpr, w: tl.constexpr,
@@ -477,7 +477,7 @@ def _backward_bias(
 
 
 @triton.jit(do_not_specialize=["groups"])
-def _reduce_bias(
+def window_attention_reduce_bias(
     d_bias, d_table, groups,
     HEADS: tl.constexpr, h: tl.constexpr, w: tl.constexpr, hP: tl.constexpr, wP: tl.constexpr,
     N: tl.constexpr, R: tl.constexpr,
@@ -508,7 +508,7 @@ def _reduce_bias(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _reduce_pad(
+def window_attention_reduce_pad(
     d_pad, d_pad_qkv, rows,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
@@ -608,7 +608,7 @@ def _run_forward(
     blocks = problem["BLOCKS"]
     groups, config = _plan("forward", qkv, problem, blocks)
     _launch.launch(
-        _forward,
+        window_attention_forward,
         (groups * heads * blocks,),
         qkv=qkv.contiguous(),
         table=None if bias_table is None else bias_table.contiguous(),
@@ -669,32 +669,50 @@ def _run_backward(
         d_bias = parts(d_table, groups, heads, N, N)
         d_pad = parts(d_pad_qkv, groups, heads, 2, DP)
         out: dict[str, Any] = {"pad": pad, "dqkv": d_qkv, "d_bias": d_bias, "d_pad": d_pad}
-        _launch.launch(_backward, (groups * heads,), **shared, **out, groups=groups, **config)
+        _launch.launch(
+            window_attention_backward, (groups * heads,), **shared, **out, groups=groups, **config
+        )
     else:
         for name in ("rows_top", "rows_share", "rows_delta"):
             shared[name] = parts(qkv, problem["windows"], heads, N)
         groups, config = _plan("backward_queries", qkv, problem, blocks)
         d_pad = parts(d_pad_qkv, groups * blocks, heads, 2, DP)
         out = {"pad": pad, "dqkv": d_qkv, "d_pad": d_pad, "groups": groups}
-        _launch.launch(_backward_queries, (groups * heads * blocks,), **shared, **out, **config)
+        _launch.launch(
+            window_attention_backward_queries, (groups * heads * blocks,), **shared, **out, **config
+        )
         if d_qkv is not None:
             groups, config = _plan("backward_keys", qkv, problem, blocks)
             out = {"dqkv": d_qkv, "groups": groups}
-            _launch.launch(_backward_keys, (groups * heads * blocks,), **shared, **out, **config)
+            _launch.launch(
+                window_attention_backward_keys,
+                (groups * heads * blocks,),
+                **shared,
+                **out,
+                **config,
+            )
         if d_table is not None:
             groups, config = _plan("backward_bias", qkv, problem, blocks**2)
             d_bias = parts(d_table, groups, heads, N, N)
             out = {"pad": pad, "d_bias": d_bias, "groups": groups}
-            _launch.launch(_backward_bias, (groups * heads * blocks**2,), **shared, **out, **config)
+            _launch.launch(
+                window_attention_backward_bias,
+                (groups * heads * blocks**2,),
+                **shared,
+                **out,
+                **config,
+            )
     if d_bias is not None:
         hP, wP = _launch.power_of_two(h), _launch.power_of_two(w)
         sizes = {"HEADS": heads, "h": h, "w": w, "hP": hP, "wP": wP, "N": N, "R": 4096 // wP**2}
         out = {"d_bias": d_bias, "d_table": d_table, "groups": d_bias.shape[0]}
-        _launch.launch(_reduce_bias, (heads * (2 * h - 1),), **out, **sizes, num_warps=4)
+        _launch.launch(
+            window_attention_reduce_bias, (heads * (2 * h - 1),), **out, **sizes, num_warps=4
+        )
     if d_pad is not None:
         sizes = {"HEADS": heads, "D": problem["D"], "DP": DP, "R": 64}
         out = {"d_pad": d_pad, "d_pad_qkv": d_pad_qkv, "rows": d_pad.shape[0]}
-        _launch.launch(_reduce_pad, (heads * 3,), **out, **sizes, num_warps=4)
+        _launch.launch(window_attention_reduce_pad, (heads * 3,), **out, **sizes, num_warps=4)
     for gradient, filled in zip(gradients, (d_qkv, d_table, d_pad_qkv), strict=True):
         if gradient is not None and filled is not None and filled is not gradient:
             gradient.copy_(filled)
