@@ -61,7 +61,13 @@ class Case:
     goals: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-def block(name: str, batch: int, goals: dict[str, dict[str, float]], **config: Any) -> Case:
+def block(
+    name: str,
+    batch: int,
+    goals: dict[str, dict[str, float]],
+    dtype: torch.dtype = BF16,
+    **config: Any,
+) -> Case:
     """A transformer block of IU-ViT on its 16 x 16 grid, with text where the model has it."""
     values = IUViTConfig(image_size=32, patch_size=2, **config)
 
@@ -73,7 +79,37 @@ def block(name: str, batch: int, goals: dict[str, dict[str, float]], **config: A
         tokens = draw(batch, 257, values.dim).requires_grad_()
         return block_class(values)(values), (tokens, (16, 16), 1, text)
 
-    return Case(f"{name} block, batch {batch}", build, goals=goals)
+    return Case(f"{name} block, batch {batch}", build, dtype=dtype, goals=goals)
+
+
+class Level(nn.Module):
+    """The blocks of one resolution of an encoder, behind each other."""
+
+    def __init__(self, blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x (B, C, H, W), emb (B, E): (B, C', H', W')."""
+        for block in self.blocks.children():
+            x = block(x, emb, None)
+        return x
+
+
+def level(preset: str, index: int, batch: int, goals: dict[str, dict[str, float]]) -> Case:
+    """One level of a preset's encoder, in float32, with the down-sampling that ends it."""
+
+    def build(draw: Draw) -> Built:
+        model = create_model(preset)
+        made = Level(model.encoder.levels[index])
+        config = model.config
+        side = config.image_size[0] >> index
+        channels = config.level_channels[max(index - 1, 0)]
+        x = draw(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
+        emb = draw(batch, 4 * config.channels)
+        return made.to(memory_format=torch.channels_last), (x.requires_grad_(), emb)
+
+    return Case(f"{preset} level {index}, batch {batch}", build, dtype=F32, goals=goals)
 
 
 def model(
@@ -125,6 +161,12 @@ CPU = [
     model("iuvit_cifar10", 4, overrides={"dim": 128, "layers": 5}, dtype=F32),
     model("ascend_cifar10", 1, overrides={"channels": 64, "depth": 1}, dtype=F32),
 ]
+_CPU = {"forward": {FLOOR: 1.1}, "training": {FLOOR: 1.1}}
+CPU_FULL = [
+    block("IU-ViT CIFAR", 16, _CPU, dim=512, layers=13, dtype=F32),
+    block("IU-ViT CIFAR", 16, _CPU, dim=512, layers=13),
+    level("ascend_celeba64", 1, 4, _CPU),
+]
 _SMALL = {"channels": 16, "depth": 1, "multipliers": (1, 2), "attention_resolutions": (16,)}
 _SMALL |= {"head_dim": 16, "groups": 8, "window": 4, "context_dim": 8}
 TINY = [
@@ -133,8 +175,11 @@ TINY = [
 ]
 
 
-def cases(device: torch.device) -> list[Case]:
-    return GPU if device.type == "cuda" else CPU
+def cases(device: torch.device, full: bool = False) -> list[Case]:
+    """What is measured on a device; on a CPU `full` adds blocks of the paper's sizes."""
+    if device.type == "cuda":
+        return GPU
+    return CPU_FULL if full else CPU
 
 
 @dataclass
@@ -411,7 +456,7 @@ def make_row(
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        some = cases(device)
+        some = cases(device, metafunc.config.getoption("--full"))
         metafunc.parametrize("case", some, ids=[case.name.replace(" ", "-") for case in some])
 
 

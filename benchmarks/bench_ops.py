@@ -219,6 +219,37 @@ CPU = [
     layer_norm(2, 32, 32, 96, residual=True, gate=True, modulated=True, dtype=F32),
     layer_norm(2, 32, 32, 96, modulated=True),
 ]
+
+
+def cpu_full() -> list[Case]:
+    """The shapes of the paper's presets that a CPU can take, for `--full`."""
+    found = []
+    for dtype in (F32, BF16):
+        found += [
+            window(2, 64, 384, 6, dtype=dtype),
+            window(4, 32, 576, 9, dtype=dtype),
+            window(8, 16, 768, 12, dtype=dtype),
+            gelu(16, 16, 2048, dtype=dtype),
+            gelu(8, 16, 4096, dtype=dtype),
+            gelu(2, 64, 1536, 0, dtype=dtype),
+            gelu(16, 8, 3072, 0, dtype=dtype),
+        ]
+        for nchw in (True, False):
+            found += [
+                group_norm(2, 192, 128, film=True, nchw=nchw, dtype=dtype),
+                group_norm(4, 384, 64, film=True, nchw=nchw, dtype=dtype),
+                group_norm(2, 512, 32, nchw=nchw, dtype=dtype),
+                group_norm(2, 768, 16, nchw=nchw, dtype=dtype),
+            ]
+        found += [
+            layer_norm(16, 257, 512, residual=True, dtype=dtype),
+            layer_norm(8, 257, 1024, residual=True, dtype=dtype),
+            layer_norm(2, 64, 64, 384, residual=True, gate=True, modulated=True, dtype=dtype),
+            layer_norm(8, 16, 16, 768, residual=True, gate=True, modulated=True, dtype=dtype),
+        ]
+    return found
+
+
 # For the tests of this file, and for the interpreter.
 TINY = [
     window(1, 8, 16, 1, w=4, shift=2, dtype=F32),
@@ -229,8 +260,11 @@ TINY = [
 ]
 
 
-def cases(device: torch.device) -> list[Case]:
-    return GPU if device.type == "cuda" else CPU
+def cases(device: torch.device, full: bool = False) -> list[Case]:
+    """What is measured on a device; on a CPU `full` means the paper's shapes, for many minutes."""
+    if device.type == "cuda":
+        return GPU
+    return cpu_full() if full else CPU
 
 
 @dataclass(frozen=True)
@@ -545,7 +579,7 @@ def table_rows(
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        some = cases(device)
+        some = cases(device, metafunc.config.getoption("--full"))
         metafunc.parametrize("case", some, ids=[case.name.replace(" ", "-") for case in some])
 
 

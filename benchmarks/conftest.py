@@ -21,7 +21,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastdiff")
     group.addoption("--compile", action="store_true", help="torch.compile as a rival on a CPU, too")
     group.addoption("--max-autotune", action="store_true", help="and with mode max-autotune")
+    group.addoption(
+        "--full", action="store_true", help="on a CPU: the paper's shapes, many minutes"
+    )
+    group.addoption("--threads", type=int, help="threads of a CPU")
     group.addoption("--rows", metavar="FILE", help="write every row as JSON")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if threads := config.getoption("--threads", None):
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
