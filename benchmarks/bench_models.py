@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fastdiff import ops, roofline
 from fastdiff.models import create_model
+from fastdiff.models.ascend import ASCEND
 from fastdiff.models.iuvit import Block, IUViTConfig, block_class
 from fastdiff.nn import SwinBlock
 from fastdiff.ops import backend
@@ -101,13 +102,14 @@ def level(preset: str, index: int, batch: int, goals: dict[str, dict[str, float]
 
     def build(draw: Draw) -> Built:
         model = create_model(preset)
+        assert isinstance(model, ASCEND)
         made = Level(model.encoder.levels[index])
         config = model.config
         side = config.image_size[0] >> index
         channels = config.level_channels[max(index - 1, 0)]
         x = draw(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
         emb = draw(batch, 4 * config.channels)
-        return made.to(memory_format=torch.channels_last), (x.requires_grad_(), emb)
+        return made, (x.requires_grad_(), emb)
 
     return Case(f"{preset} level {index}, batch {batch}", build, dtype=F32, goals=goals)
 

@@ -875,16 +875,15 @@ def _backward(
     if needs_parameters:
         affine = dweight is not None or dbias is not None
         film = dscale is not None or dshift is not None
-        arguments = {
+        arguments: dict[str, Any] = {
             **{n: given[n] for n in ("weight", "bias", "scale", "scale_row")},
             **{"dweight": dweight, "dbias": dbias, "dscale": dscale, "dshift": dshift},
             **{"B": shape.B, "chunks": chunks, "C": shape.C, "AFFINE": int(affine)},
             **{"BC": 16, "ROWS": 128},
         }
         grid = (cdiv(shape.C, 16) * (affine + shape.B * film),)
-        _launch.launch(
-            group_norm_silu_parameter_gradients, grid, num_warps=4, **arguments, **per_channel
-        )  # type: ignore[arg-type]
+        arguments |= per_channel
+        _launch.launch(group_norm_silu_parameter_gradients, grid, num_warps=4, **arguments)
     for gradient, written in ((dx, inputs["dx"]), (dskip, inputs["dskip"])):
         if gradient is not None and written is not None and written is not gradient:
             gradient.copy_(written)
