@@ -2,7 +2,7 @@
 
 Command:   make demo, or python train/t2i.py --config demo
 Hardware:  2 CPU cores.
-Minutes:   10 (0.18 s a step).
+Minutes:   9 (0.165 s a step on the compiled kernels; 0.18 s on plain PyTorch ops).
 Number:    90.7 to 92.0 % of 150 trained captions right in all four attributes, seeds 0 to 2.
 """
 
