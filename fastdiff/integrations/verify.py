@@ -1,7 +1,8 @@
 """Their code beside ours: do imported weights give the same outputs?
 
 The other project's code lies on disk and is imported from there, so it runs: give it a checkout
-that you trust.
+that you trust. What a checkpoint leaves open (the width of heads, the order of ADM's qkv) is taken
+alike on both sides, so it is not confirmed: give what its training command had.
 """
 
 from __future__ import annotations
