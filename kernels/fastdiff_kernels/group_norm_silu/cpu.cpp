@@ -264,6 +264,7 @@ void group_norm_apply_backward(const GroupNormTile& a) {
 #include "../native/boundary.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <vector>
 
@@ -363,17 +364,20 @@ struct Statistics {
 
   double scale() const { return static_cast<double>(rstd) + rstd_rest; }
 
-  // From those of its n channels, `count` pixels each.
-  static Statistics merge(const double* means, const double* squares, int64_t n, int64_t count,
-                          double eps) {
-    double total = 0, within = 0;
-    for (int64_t i = 0; i < n; ++i) total += means[i];
-    const double middle = total / static_cast<double>(n);
+  // From those of n parts of it, of counts[i] elements each.
+  static Statistics merge(const double* means, const double* squares, const int64_t* counts,
+                          int64_t n, double eps) {
+    double total = 0, within = 0, count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      total += means[i] * static_cast<double>(counts[i]);
+      count += static_cast<double>(counts[i]);
+    }
+    const double middle = total / count;
     for (int64_t i = 0; i < n; ++i) {
       const double delta = means[i] - middle;
-      within += squares[i] + delta * delta * static_cast<double>(count);
+      within += squares[i] + delta * delta * static_cast<double>(counts[i]);
     }
-    const double scale = 1 / std::sqrt(within / static_cast<double>(n * count) + eps);
+    const double scale = 1 / std::sqrt(within / count + eps);
     const auto mean = static_cast<float>(middle), rstd = static_cast<float>(scale);
     return {mean, static_cast<float>(middle - mean), rstd, static_cast<float>(scale - rstd)};
   }
@@ -432,9 +436,8 @@ void forward(const Tensor& x, const MaybeTensor& skip, const Tensor& weight, con
       measure_tile(t);
     });
   };
-  const auto settle = [&](int64_t image, int64_t g, const double* means, const double* squares) {
-    Statistics& s = groups_[image * groups + g];
-    s = Statistics::merge(means, squares, D, c.pixels, eps);
+  const auto settle = [&](int64_t image, int64_t g, const Statistics& s) {
+    groups_[image * groups + g] = s;
     vectors.fill(c, image, g, s);
   };
   const auto apply = [&](int64_t image, int64_t channel, int64_t n, int64_t pixel, int64_t run) {
@@ -451,14 +454,21 @@ void forward(const Tensor& x, const MaybeTensor& skip, const Tensor& weight, con
   if (!channels_last) {
     for_pieces(c.batch * groups, [&](int64_t i) {
       const int64_t image = i / groups, g = i % groups;
-      std::vector<float> own(3 * D);
-      std::vector<double> means(D), squares(D);
-      measure(image, g * D, D, 0, c.pixels, own.data());
-      for (int64_t k = 0; k < D; ++k) {
-        means[k] = static_cast<double>(own[k]) + own[2 * D + k];
-        squares[k] = own[D + k];
-      }
-      settle(image, g, means.data(), squares.data());
+      // The planes of a source lie end to end: a run of them is one.
+      std::array<double, 2> means, squares;
+      std::array<int64_t, 2> counts;
+      int64_t n = 0;
+      c.each_source(g * D, D, [&](int source, int64_t begin, int64_t count) {
+        float own[3];
+        GroupNormTile t = c.tile(source, 1, count * c.pixels);
+        t.x = at(c.from[source], c.in(source, image, begin, 0));
+        t.first = own, t.second = own + 1, t.third = own + 2;
+        measure_tile(t);
+        means[n] = static_cast<double>(own[0]) + own[2];
+        squares[n] = own[1];
+        counts[n++] = count * c.pixels;
+      });
+      settle(image, g, Statistics::merge(means.data(), squares.data(), counts.data(), n, eps));
       apply(image, g * D, D, 0, c.pixels);
     });
     return;
@@ -483,7 +493,9 @@ void forward(const Tensor& x, const MaybeTensor& skip, const Tensor& weight, con
         const double delta = own[k] - means[k], rest = own[2 * C + k];
         squares[k] += own[C + k] + delta * (delta + 2 * rest) * static_cast<double>(size(p));
       }
-    for (int64_t g = 0; g < groups; ++g) settle(image, g, &means[g * D], &squares[g * D]);
+    const std::vector<int64_t> counts(D, c.pixels);
+    for (int64_t g = 0; g < groups; ++g)
+      settle(image, g, Statistics::merge(&means[g * D], &squares[g * D], counts.data(), D, eps));
   });
   for_pieces(c.batch * pieces,
              [&](int64_t i) { apply(i / pieces, 0, C, i % pieces * run, size(i % pieces)); });

@@ -410,6 +410,26 @@ FASTDIFF_INLINE Two lanes(F f, Two x, Two y) {
   return {{f(x.v[0], y.v[0]), f(x.v[1], y.v[1])}};
 }
 
+// x held at a bound; a NaN stays one (the instruction gives its second operand then).
+FASTDIFF_INLINE V at_least(float low, V x) {
+#if defined(__AVX512F__)
+  return (V)_mm512_max_ps((__m512)all(low), (__m512)x);
+#elif defined(__AVX2__)
+  return (V)_mm256_max_ps((__m256)all(low), (__m256)x);
+#else
+  return low > x ? all(low) : x;
+#endif
+}
+FASTDIFF_INLINE V at_most(float high, V x) {
+#if defined(__AVX512F__)
+  return (V)_mm512_min_ps((__m512)all(high), (__m512)x);
+#elif defined(__AVX2__)
+  return (V)_mm256_min_ps((__m256)all(high), (__m256)x);
+#else
+  return high < x ? all(high) : x;
+#endif
+}
+
 template <class X>
 FASTDIFF_INLINE X magnitude(X x) {
   return lanes([](V v) { return (V)((I)v & 0x7fffffff); }, x);
@@ -419,8 +439,7 @@ FASTDIFF_INLINE X magnitude(X x) {
 // denormal). x = n ln 2 + r, |r| <= ln 2 / 2; e^r = 1 + r + r^2 q(r), q minimax (error 8e-9).
 template <class X>
 FASTDIFF_INLINE X exp(X x) {
-  x = lanes([](V v) { return -87.3f > v ? all(-87.3f) : v; }, x);
-  x = lanes([](V v) { return 88.f < v ? all(88.f) : v; }, x);
+  x = lanes([](V v) { return at_most(88.f, at_least(-87.3f, v)); }, x);
   // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
   const X shifted = x * 1.44269504f + 0x1.8p23f;
   const X whole = shifted - 0x1.8p23f;
@@ -469,7 +488,7 @@ FASTDIFF_INLINE X silu_slope(X x) {
 // t = 1 / (1 + 0.27 z), Phi(-z) = e^(-z^2 / 2) t p(t); p is minimax in relative error, 2.3e-8.
 template <class X>
 FASTDIFF_INLINE X normal_cdf(X x, X* bell) {
-  const X z = lanes([](V v) { return 40.f < v ? all(40.f) : v; }, magnitude(x));  // not infinity
+  const X z = lanes([](V v) { return at_most(40.f, v); }, magnitude(x));  // not infinity
   const X t = reciprocal(1.f + 0.27f * z);
   *bell = exp(z * z * -0.5f);
   X p = t * 0.02877858975f + -0.1255648261f;
