@@ -85,7 +85,7 @@ def compile_library(build: Path, target: Path) -> None:
         *(cmake, "-S", str(ROOT), "-B", str(build)),
         f"-DTORCH_ROOT={torch}",
         f"-DCMAKE_CXX_COMPILER={compiler}",
-        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent.resolve()}",
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build.resolve() / 'out'}",
     ]
     if ninja:  # named each time: the cached one may have lived in a build environment now gone
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
@@ -96,6 +96,10 @@ def compile_library(build: Path, target: Path) -> None:
         if done.returncode:
             errors = [line for line in (done.stdout + done.stderr).splitlines() if "rror" in line]
             raise RuntimeError(f"the compiled part did not build: {' | '.join(errors[:3])}")
+    # In one step: a process that has the old file loaded keeps it whole.
+    fresh = target.with_name(f"{target.name}.new")
+    shutil.copy2(build / "out" / target.name, fresh)
+    os.replace(fresh, target)
 
 
 class BuildLibrary(build_ext):
