@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
 import fastdiff_kernels
-from fastdiff_kernels import _native, _register, backend, explain, group_norm_silu
+from fastdiff_kernels import _launch, _native, _register, backend, explain, group_norm_silu
 
 # --- kernel(): a softplus with a per-channel weight, forward and backward in Python ---
 
@@ -63,6 +64,29 @@ halves = _register.kernel(
     saves=("up",),
     grad_like={"x": "up"},
     returned=2,
+)
+
+
+filled: list[list[bool]] = []
+
+
+def fill_terms(gradients, dy, x, scale):
+    filled.append([gradient is not None for gradient in gradients])
+    if gradients[0] is not None:
+        gradients[0].copy_(dy * scale)
+    if gradients[2] is not None:
+        torch.sum(dy * x, dtype=dy.dtype, dim=None, out=gradients[2])
+
+
+# (x + shift) * scale: the two terms of the sum have one gradient, that of x.
+shifted = _register.kernel(
+    "test_shifted(Tensor x, Tensor shift, Tensor scale) -> (Tensor y, Tensor sum)",
+    empty=lambda x, shift, scale: (torch.empty_like(x), torch.empty_like(x)),
+    forward=lambda results, x, shift, scale: results[0].copy_(results[1].copy_(x + shift) * scale),
+    backward=lambda gradients, dy, total, scale: fill_terms(gradients, dy, total, scale),
+    saves=("sum", "scale"),
+    grad_like={"x": "sum"},
+    grad_same={"shift": "x"},
 )
 
 
@@ -126,6 +150,35 @@ def test_kernel_saves_only_what_it_says():
     gc.collect()
     assert alive() is None
     (up.sum() + down.sum()).backward()
+
+
+@pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3))[1:])
+def test_terms_of_a_sum_share_one_gradient(needs):
+    inputs = [torch.randn(4, 3), torch.randn(4, 3), torch.randn(())]
+    for tensor, need in zip(inputs, needs, strict=True):
+        tensor.requires_grad_(need)
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    filled.clear()
+    got = torch.autograd.grad(shifted(*inputs).square().sum(), wanted)
+    x, shift, scale = inputs
+    torch.testing.assert_close(
+        got, torch.autograd.grad(((x + shift) * scale).square().sum(), wanted)
+    )
+    assert filled == [[needs[0] or needs[1], False, needs[2]]]  # one tensor is filled for both
+
+
+def test_launches_are_recorded_where_a_chip_is_pretended():
+    x = torch.empty(2, 64, 8, 8, device="meta")
+    weight, bias = torch.empty(64, device="meta"), torch.empty(64, device="meta")
+    with pytest.raises(RuntimeError, match="runs on cuda tensors"), backend("triton"):
+        group_norm_silu(x, weight, bias, num_groups=8)
+    chip = _launch.pretend(_launch.CHIPS["sm_90"])
+    with chip, _launch.recording() as launches, backend("triton"):
+        y = group_norm_silu(x, weight, bias, num_groups=8)
+    assert y.shape == x.shape
+    assert y.device.type == "meta"
+    assert all(launch.kernel.fn.__name__.startswith("group_norm_silu_") for launch in launches)
+    assert len(launches) >= 1
 
 
 def test_kernel_with_two_results(check_compiled, differentiate):
