@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastdiff_kernels import group_norm_silu
+from fastdiff_kernels import backend, group_norm_silu
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
@@ -224,3 +224,15 @@ def test_bad_argument(change, error, message):
     arguments = {"x": X, "weight": WIDE, "bias": WIDE, "num_groups": 32} | change
     with pytest.raises(error, match=f"^group_norm_silu: .*{message}"):
         group_norm_silu(**arguments)
+
+
+def test_parameters_alone_may_need_gradients():
+    x = torch.randn(2, 8, 5, 4).contiguous(memory_format=torch.channels_last)
+    weight, bias = (torch.randn(8, requires_grad=True) for _ in range(2))
+    got = []
+    for image in (x, x.contiguous()):
+        with backend("reference"):
+            y = group_norm_silu(image, weight, bias, num_groups=2)
+        assert y.stride() == image.stride()
+        got.append(torch.autograd.grad(y.square().sum(), (weight, bias)))
+    torch.testing.assert_close(*got)

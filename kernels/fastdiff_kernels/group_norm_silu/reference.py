@@ -24,6 +24,8 @@ def group_norm_silu(
         layout = torch.channels_last
     h = (x if skip is None else torch.cat([x, skip], 1)).to(dtype)
     weight, bias = weight.to(dtype), bias.to(dtype)
+    if not h.requires_grad and (weight.requires_grad or bias.requires_grad):
+        h = h.contiguous()  # torch 2.13 crashes in the backward of channels_last without dx
     if 0 in x.shape[2:]:
         y = h + (weight + bias)[:, None, None]  # no pixels; zero gradients for both
     else:
