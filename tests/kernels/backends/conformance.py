@@ -50,6 +50,7 @@ def check_numerics(
     dtype: torch.dtype,
     *,
     keep: Sequence[int] = (),
+    draws: int = 1,
 ) -> None:
     """Hold a call to the numerics rule of the module, values and every gradient.
 
@@ -58,6 +59,8 @@ def check_numerics(
         inputs: floating tensors on the CPU in any dtype, or None. All get a gradient.
         dtype: of the call.
         keep: positions of inputs that stay float32 (parameters beside low-precision activations).
+        draws: of the results' gradients; the rule holds for all draws taken together. More than one
+            where a gradient has so few numbers that one draw's largest error is a matter of luck.
     """
     rounded: list[Tensor | None] = [
         None
@@ -70,14 +73,16 @@ def check_numerics(
         results = call(*exact)
     results = results if isinstance(results, tuple) else (results,)
     generator = torch.Generator().manual_seed(1)
-    dys = [
-        torch.randn(r.shape, generator=generator, dtype=torch.float64).to(dtype).to(DEVICE)
-        for r in results
-    ]
-    got = run(call, rounded, dys)
-    with backend("reference"):
-        eager = run(call, rounded, dys)
-        truth = run(call, exact, dys)
+    runs = []
+    for _ in range(draws):
+        dys = [
+            torch.randn(r.shape, generator=generator, dtype=torch.float64).to(dtype).to(DEVICE)
+            for r in results
+        ]
+        with backend("reference"):
+            reference = run(call, rounded, dys), run(call, exact, dys)
+        runs.append((run(call, rounded, dys), *reference))
+    got, eager, truth = map(_together, zip(*runs, strict=True))
     for index, (mine, plain, true) in enumerate(zip(got, eager, truth, strict=True)):
         assert (mine is None) == (plain is None), index
         if mine is None or plain is None or true is None:
@@ -96,6 +101,14 @@ def check_numerics(
                 f"tensor {index} of {len(got)}: {measure.__name__} error {measure(error):.3g} is "
                 f"{ratio:.2f} times the {allowed:.3g} allowed (eager: {measure(error_eager):.3g})"
             )
+
+
+def _together(draws: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
+    """What each draw gave, stacked."""
+    return [
+        None if same[0] is None else torch.stack(same)  # type: ignore[arg-type]
+        for same in zip(*draws, strict=True)
+    ]
 
 
 def _rms(tensor: Tensor) -> Tensor:
