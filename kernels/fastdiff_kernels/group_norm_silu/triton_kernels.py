@@ -720,10 +720,12 @@ def _given(
 def _launch_whole(
     kernel: Any, tile: dict[str, int], shape: _Shape, on: _launch.Chip, arguments: dict[str, Any]
 ) -> None:
-    name = kernel.__name__
-    default = {"per_thread": 32 if kernel is group_norm_silu_whole_forward else 16}
+    name, elements = kernel.__name__, tile["BP"] * tile["BC"]
+    # ptxas would squeeze 16 warps of a plain norm's backward into 64 registers, and spill.
+    squeezed = elements == 8192 and not arguments["SILU"]
+    default = {"per_thread": 32 if kernel is group_norm_silu_whole_forward or squeezed else 16}
     per_thread = _launch.config(name, shape.key, on, default)["per_thread"]
-    num_warps = min(16, max(1, tile["BP"] * tile["BC"] // (32 * per_thread)))
+    num_warps = min(16, max(1, elements // (32 * per_thread)))
     grid = (shape.B * cdiv(shape.G, tile["GT"]),)
     _launch.launch(kernel, grid, num_warps=num_warps, **(arguments | tile))
 
