@@ -8,12 +8,14 @@
 The launches are those of one training step of each of the paper's presets, recorded on the meta
 device with the launcher's own block sizes and specialisation. Exit status 1 on a spill, on more
 shared memory than the chip has, or where a large tensor is read or written in narrow pieces: by
-threads of less than 16 bytes each, unless the 32 of a warp cover whole lines of 128.
+threads of less than 16 bytes each, unless the 32 of a warp have 128 bytes in a row, of which each
+thread has at least two elements by one instruction.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import re
@@ -21,8 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,9 +36,9 @@ from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from fastdiff import ops
+from fastdiff import ops, roofline
 from fastdiff.models import create_model
-from fastdiff_kernels import _launch
+from fastdiff_kernels import _launch, _register
 
 try:  # the name moved within the versions we support; both take the same arguments
     from triton.runtime.jit import create_function_from_signature
@@ -69,12 +71,44 @@ SHARED = {"sm_80": 167_936, "sm_90": 233_472, "sm_100": 233_472}
 
 
 @dataclass
+class Pass:
+    """Forward or backward of one call of an op.
+
+    Attributes:
+        op: its name.
+        backward: which of the two.
+        activation: bytes of its activation, of which each traffic's floor is a multiple.
+        floor: bytes it has to move at least, by `fastdiff.roofline`.
+        launches: what it launches.
+    """
+
+    op: str
+    backward: bool
+    activation: int
+    floor: float
+    launches: list[_launch.Launch] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        """Bytes moved for each of the floor."""
+        return sum(map(moved, self.launches)) / self.floor
+
+
+@dataclass
 class Kernel:
-    """One specialisation of a kernel: what the compiler gets, and where it is used."""
+    """One specialisation of a kernel: what the compiler gets, and where it is used.
+
+    Attributes:
+        launch: the first.
+        activation: bytes of the activation of the op's call that makes it.
+        users: the presets.
+        share: bytes it moves for each of the floor of its pass, at most; those of a pass add up.
+    """
 
     launch: _launch.Launch
+    activation: int
     users: set[str] = field(default_factory=set)
-    launches: int = 0
+    share: float = 0.0
 
     @property
     def op(self) -> str:
@@ -101,12 +135,16 @@ class Compiled:
     spilled: int
     shared: int
     widths: dict[str, int]
-    spans: dict[str, int]
+    spans: dict[str, tuple[int, int]]
     seconds: float
 
     def narrow(self) -> list[str]:
         """The large tensors that neither a thread nor a warp takes in whole pieces."""
-        return [n for n, width in self.widths.items() if width < 16 and self.spans.get(n, 0) < 128]
+        return [n for n, width in self.widths.items() if width < 16 and not self._lines(n)]
+
+    def _lines(self, name: str) -> bool:
+        piece, span = self.spans.get(name, (0, 0))
+        return span >= 128 and self.widths[name] >= piece
 
     def resident(self, family: str, num_warps: int) -> int:
         """Warps of this kernel that one multiprocessor can hold."""
@@ -140,23 +178,107 @@ def training_step(name: str, dtype: torch.dtype, batch: int) -> None:
         model(x.to(memory_format=torch.channels_last), t, context).sum().backward()
 
 
-def collect(family: str, presets: Iterable[str], dtypes: Sequence[torch.dtype]) -> list[Kernel]:
-    """The kernels that training the presets launches on a chip, each specialisation once."""
+@contextlib.contextmanager
+def passes() -> Iterator[list[Pass]]:
+    """Collect what each call of an op launches, forward and backward, for tensors on meta."""
+    found: list[Pass] = []
+    with _launch.recording() as launches:
+
+        def run(op: str, form: tuple[Any, ...]) -> Any:
+            triton_kernels = _register._OPS[op]
+            if why := triton_kernels._why_not("triton", form):
+                raise RuntimeError(f"aot_report: {op} has no Triton kernel for this call: {why}")
+            call = triton_kernels._backends["triton"].call
+            assert call is not None
+            activation, cost = price(op, form)
+            result = call(*form)
+            keep(Pass(op, False, activation, cost.forward.bytes))
+            node = (result[0] if isinstance(result, tuple) else result).grad_fn
+            if node is not None:
+                # The Linears around dwconv_gelu launch nothing of ours: all that is new is its.
+                node.register_hook(lambda *_: keep(Pass(op, True, activation, cost.backward.bytes)))
+            return result
+
+        def keep(made: Pass) -> None:
+            made.launches += launches
+            launches.clear()
+            found.append(made)
+
+        with _register.stand_in(run):
+            yield found
+
+
+def price(op: str, form: tuple[Any, ...]) -> tuple[int, roofline.OpCost]:
+    """Bytes of the activation that an op's kernels work on, and the cost of the call."""
+    if op == "dwconv_ffn":
+        x, fc1_weight, _, weight, bias, *_, grid, prefix = form
+        z = x.new_empty(*x.shape[:2], fc1_weight.shape[0])
+        op, form = "dwconv_gelu", (z, weight, bias, grid, prefix)
+    x = form[0]
+    numel = x.numel() // 3 if op == "window_attention" else x.numel()
+    return numel * x.element_size(), roofline.op_cost(op, form)
+
+
+def moved(launch: _launch.Launch) -> float:
+    """Bytes that a launch moves: each tensor once, and again what two of its programs read.
+
+    Not what only caches move: vectors per channel, and the parts that every program adds up.
+    """
+    args, name = launch.arguments, str(launch.kernel.fn.__name__)
+    times: dict[str, float] = {}
+    if name in ("dwconv_gelu_forward", "dwconv_gelu_backward"):
+        H, W, rows = args["H"], args["W"], args["BANDS"] * args["ROWS"]
+        reach = {"z": 1} if name == "dwconv_gelu_forward" else {"z": 2, "dy": 1}
+        times = {n: _halo(H, rows, k) * _halo(W, args["span"], k) for n, k in reach.items()}
+    elif name.startswith("group_norm_silu_") and "first" in args:
+        # A launch takes a few images of its tensors.
+        tensors = {n: t for n, t in args.items() if isinstance(t, Tensor) and t.dim() > 1}
+        C = args["C1"] + args["C2"]
+        if "GT" in args:
+            across = _launch.cdiv(C // args["CPG"], args["GT"]) * args["CS"]
+        else:
+            across = args.get("tiles", _launch.cdiv(C, args["BC"]))
+        images = launch.grid[0] / (args["chunks"] * across)
+        times = {n: images / t.shape[0] for n, t in tensors.items()}
+    return sum(
+        t.numel() * t.element_size() * times.get(name, 1.0)
+        for name, t in args.items()
+        if isinstance(t, Tensor)
+    )
+
+
+def _halo(length: int, piece: int, reach: int) -> float:
+    """How often an axis is read by pieces that reach so far into their neighbours."""
+    starts = range(0, length, piece)
+    read = (min(at + piece + reach, length) - max(at - reach, 0) for at in starts)
+    return sum(read) / max(length, 1)
+
+
+def collect(
+    family: str, presets: Iterable[str], dtypes: Sequence[torch.dtype]
+) -> tuple[list[Kernel], list[Pass]]:
+    """The kernels that training the presets launches on a chip, each specialisation once; and the
+    passes that launch them."""
     found: dict[Any, Kernel] = {}
+    every: list[Pass] = []
     backend = make_backend(GPUTarget("cuda", int(family[3:]), 32))
     for name in presets:
         for dtype in dtypes:
             chip = _launch.pretend(_launch.CHIPS[family])
-            with chip, _launch.recording() as launches, ops.backend("triton"):
+            with chip, ops.backend("triton"), passes() as made:
                 training_step(name, dtype, PRESETS[name])
-            for launch in launches:
-                bound = bind(launch, backend)
-                key = (launch.kernel.fn, launch.num_warps, launch.num_stages, str(bound[1:]))
-                kernel = found.setdefault(key, Kernel(launch))
-                kernel.users.add(name)
-                kernel.launches += 1
+            every += made
+            for one in made:
+                shares: dict[Any, float] = defaultdict(float)
+                for launch in one.launches:
+                    bound = bind(launch, backend)
+                    key = (launch.kernel.fn, launch.num_warps, launch.num_stages, str(bound[1:]))
+                    found.setdefault(key, Kernel(launch, one.activation)).users.add(name)
+                    shares[key] += moved(launch) / one.floor
+                for key, share in shares.items():
+                    found[key].share = max(found[key].share, share)
     order = ("window_attention", "dwconv_ffn", "group_norm_silu", "layer_norm_modulate")
-    return sorted(found.values(), key=lambda k: (order.index(k.op), k.name, k.case))
+    return sorted(found.values(), key=lambda k: (order.index(k.op), k.name, k.case)), every
 
 
 def few(kernels: Sequence[Kernel]) -> list[Kernel]:
@@ -200,7 +322,7 @@ def compile_one(job: tuple[int, str]) -> Compiled:
     registers, spilled = resources(made.asm["cubin"])
     tensors = [n for n, kind in signature.items() if kind != "constexpr"]
     widths = accesses(made.asm["ptx"], tensors)
-    large = large_tensors(launch)
+    large = large_tensors(_work[index])
     return Compiled(
         registers,
         spilled,
@@ -223,19 +345,13 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
-def large_tensors(launch: _launch.Launch) -> set[str]:
+def large_tensors(kernel: Kernel) -> set[str]:
     """Names of the tensors that make up the traffic: activations, and workspaces as large as they.
 
-    That is an eighth of the largest at least; half of it for another dtype than the largest has.
+    That is an eighth of the activation of the op's call at least.
     """
-    tensors = {n: value for n, value in launch.arguments.items() if isinstance(value, Tensor)}
-    largest = max(tensors.values(), key=lambda t: t.numel() * t.element_size())
-    whole = largest.numel() * largest.element_size()
-    return {
-        name
-        for name, t in tensors.items()
-        if t.numel() * t.element_size() * (8 if t.dtype is largest.dtype else 2) >= whole
-    }
+    tensors = {n: t for n, t in kernel.launch.arguments.items() if isinstance(t, Tensor)}
+    return {n for n, t in tensors.items() if 8 * t.numel() * t.element_size() >= kernel.activation}
 
 
 _ACCESS = re.compile(r"^(?:@\S+\s+)?(ld|st)\.global\S*?((?:\.v\d)?)\.[busf](\d+)\s+(.*);")
@@ -289,15 +405,17 @@ _POINTERS = re.compile(r"tensor<([\dx]+)x!tt\.ptr<[a-z]+(\d+)\S*>, ([^>]*(?:<.*>
 _MEMORY = re.compile(r"(?:%\S+ = )?(?:tt\.load|tt\.store|ttg\.async_copy_global_to_local) (%\w+)")
 
 
-def warp_spans(ttgir: str) -> dict[str, int]:
-    """For each pointer argument, the bytes in a row that a warp covers by one access, at least.
+def warp_spans(ttgir: str) -> dict[str, tuple[int, int]]:
+    """For each pointer argument, bytes in a row of a thread and of a warp by one access, at least.
 
     Follows the values from the arguments to loads, stores and asynchronous copies; of these the
     layout tells how many lanes of a warp lie side by side along the dimension that is contiguous.
+    That it is contiguous is known where a thread has several elements of it by one instruction;
+    single elements may lie apart, so they count for nothing.
     """
     layouts: dict[str, dict[str, list[int]]] = {}
     origins: dict[str, set[str]] = {}
-    least: dict[str, int] = {}
+    least: dict[str, tuple[int, int]] = {}
     for line in map(str.strip, ttgir.splitlines()):
         if layout := _LAYOUT.match(line):
             fields = re.findall(r"(\w+) = \[([\d, ]+)\]", layout[2])
@@ -307,27 +425,29 @@ def warp_spans(ttgir: str) -> dict[str, int]:
                 origins[f"%{name}"] = {name}
         elif access := _MEMORY.match(line):
             pointers = _POINTERS.search(line)
-            span = 0 if pointers is None else _span(pointers, layouts)
+            span = (0, 0) if pointers is None else _span(pointers, layouts)
             for name in origins.get(access[1], ()):
-                least[name] = min(least.get(name, span), span)
+                least[name] = min(least.get(name, span), span, key=lambda pair: pair[1])
         else:
+            # Regions side by side use the same numbers again: the latest definition holds.
             for inner, start in re.findall(r"(%\w+) = (%\w+)", line):  # what a loop carries
-                origins.setdefault(inner, set()).update(origins.get(start, ()))
+                origins[inner] = origins.get(start, set())
             if made := re.match(r"(%\w+)(?::\d+)? = (.*)", line):
-                used = re.findall(r"%\w+", made[2])
-                found = set().union(*(origins.get(value, set()) for value in used))
-                origins.setdefault(made[1], set()).update(found)
+                used = re.findall(r"%\w+", made[2]) if "!tt.ptr" in made[2] else []
+                origins[made[1]] = set().union(*(origins.get(value, set()) for value in used))
     return least
 
 
-def _span(pointers: re.Match[str], layouts: dict[str, dict[str, list[int]]]) -> int:
+def _span(pointers: re.Match[str], layouts: dict[str, dict[str, list[int]]]) -> tuple[int, int]:
     shape = [int(n) for n in pointers[1].split("x")]
     layout = layouts.get(pointers[3])
-    if layout is None:  # a slice or what the compiler made itself: not known to be whole lines
-        return 0
-    fast = layout["order"][0]
-    lanes = layout["sizePerThread"][fast] * layout["threadsPerWarp"][fast]
-    return min(lanes, shape[fast]) * int(pointers[2]) // 8
+    if layout is None:  # a slice or what the compiler made itself: not known to be in a row
+        return 0, 0
+    fast, element = layout["order"][0], int(pointers[2]) // 8
+    mine = layout["sizePerThread"][fast]
+    if mine == 1:
+        return 0, 0
+    return mine * element, min(mine * layout["threadsPerWarp"][fast], shape[fast]) * element
 
 
 def faults(kernel: Kernel, made: Compiled, family: str) -> list[str]:
@@ -340,7 +460,7 @@ def faults(kernel: Kernel, made: Compiled, family: str) -> list[str]:
     if not made.resident(family, kernel.launch.num_warps):
         found.append("does not fit a multiprocessor")
     if narrow := made.narrow():
-        pieces = (f"{n} {made.widths[n]} B ({made.spans.get(n, 0)} a warp)" for n in narrow)
+        pieces = (f"{n} {made.widths[n]} B ({made.spans.get(n, (0, 0))[1]} a warp)" for n in narrow)
         found.append(f"narrow accesses: {', '.join(pieces)}")
     return found
 
@@ -359,6 +479,7 @@ def row(kernel: Kernel, made: Compiled, family: str, wrong: list[str]) -> str:
         f"{made.shared / 1024:.1f}",
         f"{made.resident(family, kernel.launch.num_warps)}",
         f"{width or '-'}{', whole lines' if width and lines else ''}",
+        f"{kernel.share:.2f}",
         "; ".join(wrong) or "ok",
     ]
     return f"| {' | '.join(cells)} |"
@@ -366,8 +487,20 @@ def row(kernel: Kernel, made: Compiled, family: str, wrong: list[str]) -> str:
 
 HEAD = (
     "| kernel | constants | presets | warps | registers | spills B | shared KiB "
-    "| resident warps | access B | |\n|---|---|---|---|---|---|---|---|---|---|"
+    "| resident warps | access B | moved / floor | |\n" + "|---" * 11 + "|"
 )
+
+
+def traffic(made: Sequence[Pass]) -> list[str]:
+    """The table of what passes move against their floors."""
+    ratios: dict[tuple[str, bool], list[float]] = {}
+    for one in made:
+        ratios.setdefault((one.op, one.backward), []).append(one.ratio)
+    lines = ["| pass | calls | moved / floor, least | most |", "|---|---|---|---|"]
+    for (op, backward), some in sorted(ratios.items()):
+        name = f"`{op}`, {'backward' if backward else 'forward'}"
+        lines.append(f"| {name} | {len(some)} | {min(some):.2f} | {max(some):.2f} |")
+    return lines
 
 
 def report(
@@ -384,13 +517,15 @@ def report(
         f"(triton {triton.__version__}; `python -m benchmarks.aot_report --write`).",
         "*Resident warps* of one multiprocessor follow from registers and shared memory. *Access*",
         "is the widest load or store of a thread, for the large tensor that has the narrowest;",
-        "*whole lines* where it is of less than 16 bytes, but a warp's lies on whole lines of 128.",
+        "*whole lines* where it is of less than 16 bytes, but a warp has 128 or more in a row.",
+        "*Moved / floor*: what the kernel moves, in units of the floor of its op's forward or",
+        "backward (`fastdiff.roofline`); of all the calls, the worst. Kernels of a pass add up to:",
     ]
     bad = 0
     for family in families:
-        _work[:] = collect(family, presets, dtypes)
-        if quick:
-            _work[:] = few(_work)
+        kernels, made_passes = collect(family, presets, dtypes)
+        lines += ["", f"## Bytes, {family}", "", *traffic(made_passes)]
+        _work[:] = few(kernels) if quick else kernels
         jobs = [(index, family) for index in range(len(_work))]
         with ProcessPoolExecutor(
             os.cpu_count(), mp_context=multiprocessing.get_context("fork")
