@@ -1,23 +1,12 @@
-"""`dwconv_ffn` with the Triton kernels of `dwconv_gelu` in its middle.
-
-The Linears are matrix products of cuBLAS. Backward keeps x and z = fc1(x), D + C elements a token,
-where separate ops keep D + 3 C: z as the convolution reads it, the input of the GELU, its output.
-The last of these, y, which fc2's weight needs, is written once more by the kernel that computes dz,
-while the convolution is at hand; fc1's bias gets its gradient there, too.
-"""
+"""`dwconv_ffn` with the Triton kernels of `dwconv_gelu` in its middle."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fastdiff_kernels import _register
-from fastdiff_kernels.dwconv_ffn import triton_kernels
-
-_Maybe = Tensor | None
+from fastdiff_kernels.dwconv_ffn import ffn, triton_kernels
 
 
 def supports(x: Tensor, fc1_weight: Tensor, *form: Any) -> str | None:
@@ -25,99 +14,4 @@ def supports(x: Tensor, fc1_weight: Tensor, *form: Any) -> str | None:
     return triton_kernels.unsupported(x.dtype, fc1_weight.shape[0], form[-2])
 
 
-def _empty(x: Tensor, fc1_weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    C = fc1_weight.shape[0]
-    z = x.new_empty((*x.shape[:2], C))
-    return x.new_empty(x.shape), z, x.new_empty((9, C), dtype=torch.float32)
-
-
-def _forward(
-    results: Sequence[Tensor],
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: _Maybe,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: _Maybe,
-    grid: Sequence[int],
-    prefix: int,
-) -> None:
-    out, z, taps = results
-    _linear(x, fc1_weight, fc1_bias, z)
-    y = torch.empty_like(z)
-    triton_kernels.forward((y, taps), z, conv_weight, conv_bias, grid, prefix)
-    _linear(y, fc2_weight, fc2_bias, out)
-
-
-def _backward(
-    gradients: Sequence[_Maybe],
-    d_out: Tensor,
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: _Maybe,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: _Maybe,
-    z: Tensor,
-    taps: Tensor,
-    grid: Sequence[int],
-    prefix: int,
-) -> None:
-    dx, d_fc1_weight, d_fc1_bias, d_conv_weight, d_conv_bias, d_fc2_weight, d_fc2_bias = gradients
-    d_out = d_out.flatten(0, 1)
-    if d_fc2_bias is not None:
-        torch.sum(d_out, 0, dtype=d_fc2_bias.dtype, out=d_fc2_bias)
-    needs_dz = any(d is not None for d in (dx, d_fc1_weight, d_fc1_bias))
-    dz = torch.empty_like(z) if needs_dz else None
-    y = None if d_fc2_weight is None else torch.empty_like(z)
-    if any(d is not None for d in (dz, d_conv_weight, d_conv_bias)):
-        dy = torch.empty_like(z)
-        torch.mm(d_out, fc2_weight.to(x.dtype), out=dy.flatten(0, 1))
-        filled = dz, d_conv_weight, d_conv_bias
-        triton_kernels.backward(filled, dy, z, taps, conv_bias, grid, prefix, y, d_fc1_bias)
-        del dy
-    elif y is not None:
-        triton_kernels.forward((y, torch.empty_like(taps)), z, conv_weight, conv_bias, grid, prefix)
-    if d_fc2_weight is not None and y is not None:
-        _product(d_out.t(), y.flatten(0, 1), d_fc2_weight)
-        del y
-    if dz is None:
-        return
-    rows = dz.flatten(0, 1)
-    if d_fc1_weight is not None:
-        _product(rows.t(), x.flatten(0, 1), d_fc1_weight)
-    if dx is not None:
-        _product(rows, fc1_weight.to(x.dtype), dx)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: _Maybe, out: Tensor) -> None:
-    columns = weight.to(x.dtype).t()
-    if bias is None:
-        torch.mm(x.flatten(0, 1), columns, out=out.flatten(0, 1))
-    else:
-        torch.addmm(bias.to(x.dtype), x.flatten(0, 1), columns, out=out.flatten(0, 1))
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b, in their dtype; then in out's: a float32 weight beside low-precision activations
-    gets what the gradient of its cast would be."""
-    if out.dtype is a.dtype and out.is_contiguous():
-        torch.mm(a, b, out=out if out.dim() == 2 else out.flatten(0, 1))
-    else:
-        out.copy_((a @ b).view(out.shape))
-
-
-call = _register.kernel(
-    "dwconv_ffn_triton(Tensor x, Tensor fc1_weight, Tensor? fc1_bias, Tensor conv_weight, "
-    "Tensor conv_bias, Tensor fc2_weight, Tensor? fc2_bias, SymInt[] grid, SymInt prefix) -> "
-    "(Tensor out, Tensor z, Tensor taps)",
-    empty=_empty,
-    forward=_forward,
-    backward=_backward,
-    saves=(
-        *("x", "fc1_weight", "fc1_bias", "conv_weight", "conv_bias", "fc2_weight", "fc2_bias"),
-        *("z", "taps"),
-    ),
-)
+call = ffn.make("dwconv_ffn_triton", triton_kernels.forward, triton_kernels.backward)
