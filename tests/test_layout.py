@@ -183,7 +183,8 @@ def test_op_folders_hold_the_same_files() -> None:
     ops = sorted(path.parent for path in KERNELS.glob("*/op.py"))
     assert len(ops) >= 4
     always = {"__init__.py", "op.py", "reference.py"}
-    also = ("triton_*.py", "native_*.py", "cpu.cpp", "README.md")
+    # ffn.py is what the back ends of dwconv_ffn share.
+    also = ("triton_*.py", "native_*.py", "cpu.cpp", "README.md", "ffn.py")
     for op in ops:
         files = {path.name for path in op.iterdir() if path.is_file()}
         others = [f for f in files - always if not any(fnmatch(f, kind) for kind in also)]
