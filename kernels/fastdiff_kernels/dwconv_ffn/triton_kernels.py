@@ -10,6 +10,8 @@ unrolled, each a tile (BANDS, BLOCK) in registers; the columns to the left and r
 of other steps; only the rows above and below a band are loaded by two bands, from the cache. The
 forward takes 25 instructions an element. The backward takes 62, or 66 where it also writes y, and
 all registers: a thread has 2 channels, so its loads are of 4 bytes, but those of a warp of a line.
+Of 16 bytes they cost more: with 8 channels a thread, whose taps and sums alone are 160 registers,
+102 instructions and more, and spills; staged through shared memory, 67 (for 66), and a spill.
 The tail of the normal distribution is, for 2-byte dtypes, one exponential of a polynomial.
 """
 
