@@ -78,6 +78,11 @@ def test_four_bytes_a_thread_pass_where_a_warp_has_whole_lines() -> None:
     assert wrong == []
 
 
+def test_pieces_that_instructions_do_not_take_whole_fail() -> None:
+    made, _ = judge(copy, 64, warps=1)
+    assert dataclasses.replace(made, widths={"x": 2, "y": 4}).narrow() == ["x"]
+
+
 def test_a_loop_s_pointer_is_followed() -> None:
     made, wrong = judge(running_sum, 64, warps=1)
     assert (made.widths["x"], made.spans["x"]) == (4, (4, 128))
