@@ -8,8 +8,7 @@
 The launches are those of one training step of each of the paper's presets, recorded on the meta
 device with the launcher's own block sizes and specialisation. Exit status 1 on a spill, on more
 shared memory than the chip has, or where a large tensor is read or written in narrow pieces: by
-threads of less than 16 bytes each, unless the 32 of a warp have 128 bytes in a row, of which each
-thread has at least two elements by one instruction.
+threads of less than 16 bytes each, unless the 32 of a warp have 128 bytes in a row.
 """
 
 from __future__ import annotations
@@ -135,16 +134,12 @@ class Compiled:
     spilled: int
     shared: int
     widths: dict[str, int]
-    spans: dict[str, tuple[int, int]]
+    spans: dict[str, int]
     seconds: float
 
     def narrow(self) -> list[str]:
         """The large tensors that neither a thread nor a warp takes in whole pieces."""
-        return [n for n, width in self.widths.items() if width < 16 and not self._lines(n)]
-
-    def _lines(self, name: str) -> bool:
-        piece, span = self.spans.get(name, (0, 0))
-        return span >= 128 and self.widths[name] >= piece
+        return [n for n, width in self.widths.items() if width < 16 and self.spans.get(n, 0) < 128]
 
     def resident(self, family: str, num_warps: int) -> int:
         """Warps of this kernel that one multiprocessor can hold."""
@@ -405,17 +400,17 @@ _POINTERS = re.compile(r"tensor<([\dx]+)x!tt\.ptr<[a-z]+(\d+)\S*>, ([^>]*(?:<.*>
 _MEMORY = re.compile(r"(?:%\S+ = )?(?:tt\.load|tt\.store|ttg\.async_copy_global_to_local) (%\w+)")
 
 
-def warp_spans(ttgir: str) -> dict[str, tuple[int, int]]:
-    """For each pointer argument, bytes in a row of a thread and of a warp by one access, at least.
+def warp_spans(ttgir: str) -> dict[str, int]:
+    """For each pointer argument, the bytes in a row that a warp covers by one access, at least.
 
     Follows the values from the arguments to loads, stores and asynchronous copies; of these the
-    layout tells how many lanes of a warp lie side by side along the dimension that is contiguous.
-    That it is contiguous is known where a thread has several elements of it by one instruction;
-    single elements may lie apart, so they count for nothing.
+    layout tells how many lanes of a warp lie side by side along its fastest dimension. Addresses
+    must be seen to grow by one element along it: what is not understood counts for nothing.
     """
     layouts: dict[str, dict[str, list[int]]] = {}
     origins: dict[str, set[str]] = {}
-    least: dict[str, tuple[int, int]] = {}
+    steps = _Steps()
+    least: dict[str, int] = {}
     for line in map(str.strip, ttgir.splitlines()):
         if layout := _LAYOUT.match(line):
             fields = re.findall(r"(\w+) = \[([\d, ]+)\]", layout[2])
@@ -425,29 +420,88 @@ def warp_spans(ttgir: str) -> dict[str, tuple[int, int]]:
                 origins[f"%{name}"] = {name}
         elif access := _MEMORY.match(line):
             pointers = _POINTERS.search(line)
-            span = (0, 0) if pointers is None else _span(pointers, layouts)
+            span = 0
+            if pointers is not None and pointers[3] in layouts:
+                span = _span(pointers, layouts[pointers[3]], steps.of(access[1]))
             for name in origins.get(access[1], ()):
-                least[name] = min(least.get(name, span), span, key=lambda pair: pair[1])
+                least[name] = min(least.get(name, span), span)
         else:
             # Regions side by side use the same numbers again: the latest definition holds.
             for inner, start in re.findall(r"(%\w+) = (%\w+)", line):  # what a loop carries
                 origins[inner] = origins.get(start, set())
+                steps.known[inner] = steps.of(start)
             if made := re.match(r"(%\w+)(?::\d+)? = (.*)", line):
                 used = re.findall(r"%\w+", made[2]) if "!tt.ptr" in made[2] else []
                 origins[made[1]] = set().union(*(origins.get(value, set()) for value in used))
+                steps.known[made[1]] = steps.after(made[1], made[2])
     return least
 
 
-def _span(pointers: re.Match[str], layouts: dict[str, dict[str, list[int]]]) -> tuple[int, int]:
+def _span(pointers: re.Match[str], layout: dict[str, list[int]], steps: _Step) -> int:
     shape = [int(n) for n in pointers[1].split("x")]
-    layout = layouts.get(pointers[3])
-    if layout is None:  # a slice or what the compiler made itself: not known to be in a row
-        return 0, 0
-    fast, element = layout["order"][0], int(pointers[2]) // 8
-    mine = layout["sizePerThread"][fast]
-    if mine == 1:
-        return 0, 0
-    return mine * element, min(mine * layout["threadsPerWarp"][fast], shape[fast]) * element
+    fast = layout["order"][0]
+    if steps is None or steps[fast] != 1:
+        return 0
+    lanes = layout["sizePerThread"][fast] * layout["threadsPerWarp"][fast]
+    return min(lanes, shape[fast]) * int(pointers[2]) // 8
+
+
+_Step = tuple[int | None, ...] | None
+
+
+class _Steps:
+    """By how much a value of TTGIR grows from one index to the next, in each dimension.
+
+    None in a dimension, or for the whole value, where that is not understood.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[str, _Step] = {}
+        self.constants: dict[str, int] = {}
+
+    def of(self, value: str) -> _Step:
+        return self.known.get(value)
+
+    def after(self, name: str, text: str) -> _Step:
+        """Of what an operation gives, which has this name from here on."""
+        operation, values = text.split()[0], re.findall(r"%\w+", text.split(" : ")[0])
+        shape = re.findall(r"tensor<((?:\d+x)+)", text)
+        rank = shape[-1].count("x") if shape else 0
+        self.constants.pop(name, None)
+        if operation == "arith.constant":
+            if constant := re.search(r"dense<(-?\d+)>", text):
+                self.constants[name] = int(constant[1])
+                return (0,) * rank
+            return None
+        if operation == "tt.make_range":
+            return (1,)
+        if operation == "tt.splat":
+            return (0,) * rank
+        steps = [step for step in map(self.of, values) if step is not None]
+        if not steps or len(steps) < len(values):
+            return None
+        if operation == "tt.expand_dims" and (axis := re.search(r"axis = (\d+)", text)):
+            return (*steps[0][: int(axis[1])], 0, *steps[0][int(axis[1]) :])
+        if operation in ("tt.broadcast", "ttg.convert_layout", "arith.extsi"):
+            return steps[0]
+        if not operation.startswith(("arith.", "tt.addptr")):
+            return None
+        factor = next((self.constants[v] for v in values if v in self.constants), None)
+        return tuple(
+            self._step(operation, list(along), factor) for along in zip(*steps, strict=True)
+        )
+
+    @staticmethod
+    def _step(operation: str, steps: list[int | None], factor: int | None) -> int | None:
+        """Along one dimension, of a pointwise operation."""
+        if not any(step != 0 for step in steps):
+            return 0
+        known = [step for step in steps if step is not None]
+        if len(known) == len(steps) and operation in ("arith.addi", "tt.addptr"):
+            return sum(known)
+        if len(known) == len(steps) and operation == "arith.muli" and factor is not None:
+            return sum(known) * factor  # the constant's own step is 0
+        return None
 
 
 def faults(kernel: Kernel, made: Compiled, family: str) -> list[str]:
@@ -460,7 +514,7 @@ def faults(kernel: Kernel, made: Compiled, family: str) -> list[str]:
     if not made.resident(family, kernel.launch.num_warps):
         found.append("does not fit a multiprocessor")
     if narrow := made.narrow():
-        pieces = (f"{n} {made.widths[n]} B ({made.spans.get(n, (0, 0))[1]} a warp)" for n in narrow)
+        pieces = (f"{n} {made.widths[n]} B ({made.spans.get(n, 0)} a warp)" for n in narrow)
         found.append(f"narrow accesses: {', '.join(pieces)}")
     return found
 

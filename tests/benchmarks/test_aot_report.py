@@ -74,24 +74,25 @@ def test_sixteen_bytes_a_thread_pass(family: str) -> None:
 
 def test_four_bytes_a_thread_pass_where_a_warp_has_whole_lines() -> None:
     made, wrong = judge(copy, 64, warps=1)
-    assert (made.widths["x"], made.spans["x"]) == (4, (4, 128))
+    assert (made.widths["x"], made.spans["x"]) == (4, 128)
     assert wrong == []
 
 
-def test_pieces_that_instructions_do_not_take_whole_fail() -> None:
-    made, _ = judge(copy, 64, warps=1)
-    assert dataclasses.replace(made, widths={"x": 2, "y": 4}).narrow() == ["x"]
+def test_single_elements_of_float32_pass_in_a_row_of_lanes() -> None:
+    made, wrong = judge(copy, 32, warps=1, dtype=torch.float32)
+    assert (made.widths["x"], made.spans["x"]) == (4, 128)
+    assert wrong == []
 
 
 def test_a_loop_s_pointer_is_followed() -> None:
     made, wrong = judge(running_sum, 64, warps=1)
-    assert (made.widths["x"], made.spans["x"]) == (4, (4, 128))
+    assert (made.widths["x"], made.spans["x"]) == (4, 128)
     assert wrong == []
 
 
 def test_one_element_a_thread_fails() -> None:
     _, wrong = judge(copy, 32, warps=1)
-    assert wrong == ["narrow accesses: x 2 B (0 a warp), y 2 B (0 a warp)"]
+    assert wrong == ["narrow accesses: x 2 B (64 a warp), y 2 B (64 a warp)"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
