@@ -85,7 +85,8 @@ sanitize: $(STAMP)  ## the compiled CPU kernels' tests under AddressSanitizer an
 	$(call step,sanitizer build,$(VENV)/bin/cmake --build build/sanitize >/dev/null)
 	$(call step,compiled CPU kernels sanitized,FASTDIFF_NATIVE_LIBRARY=$(SANITIZED) FASTDIFF_TEST_BACKEND=native \
 	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0:log_path=build/sanitize/report $(PYTEST) tests/kernels/backends -m "not slow")
+	  ASAN_OPTIONS=detect_leaks=0:log_path=build/sanitize/report $(PYTEST) tests/kernels/backends \
+	  tests/kernels/test_native_boundary.py -m "not slow")
 
 ##@ Measure
 
