@@ -81,7 +81,9 @@ def cpu_level() -> str:
 
 def float32(tensor: Tensor | None) -> Tensor | None:
     """A small argument (a weight, a vector) as the kernels read it: float32 and contiguous."""
-    return None if tensor is None else tensor.float().contiguous()
+    if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.float().contiguous()
 
 
 @contextlib.contextmanager

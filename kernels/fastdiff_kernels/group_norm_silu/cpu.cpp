@@ -20,6 +20,7 @@ struct GroupNormTile {
   Type type;
   bool silu;
   int64_t pixels, channels, x_pixel, x_channel, y_pixel, y_channel;
+  int64_t x_ahead, y_ahead;  // from an element to the one that the next tile has in its place
   const void* x;
   const void* dy;
   void* y;
@@ -30,9 +31,17 @@ struct GroupNormTile {
   float *first, *second, *third;
 };
 
+// channels_last: what was measured of the pieces of one image, each (3, channels) as above.
+struct GroupNormPieces {
+  const float* measured;
+  int64_t pieces, channels, run, pixels;  // a piece has `run` pixels, the last what is left
+  double *means, *squares;                // (channels,), out: of the image
+};
+
 }  // namespace fastdiff
 
 FASTDIFF_KERNEL(group_norm_statistics, void, (const GroupNormTile& a))
+FASTDIFF_KERNEL(group_norm_merge, void, (const GroupNormPieces& a))
 FASTDIFF_KERNEL(group_norm_apply, void, (const GroupNormTile& a))
 FASTDIFF_KERNEL(group_norm_sums, void, (const GroupNormTile& a))
 FASTDIFF_KERNEL(group_norm_apply_backward, void, (const GroupNormTile& a))
@@ -104,6 +113,7 @@ void statistics_of_channels(const GroupNormTile& a) {
     const V mean = load(a.first + c, part);
     V squares{}, rest{};
     for (int64_t k = p; k < p + rows; ++k) {
+      prefetch(x + k * a.x_pixel + c + a.x_ahead, part);
       const V centred = load(x + k * a.x_pixel + c, part) - mean;
       rest += centred;
       squares += centred * centred;
@@ -148,6 +158,7 @@ void apply(const GroupNormTile& a) {
   const T* x = static_cast<const T*>(a.x);
   T* y = static_cast<T*>(a.y);
   for_tile(a, [&](int64_t at, int64_t to, int64_t c, auto part, auto constant) {
+    prefetch(x + at + a.x_ahead, part);
     const auto v = (load(x + at, part) - constant(a.mean + c, part)) * constant(a.up + c, part) +
                    constant(a.offset + c, part);
     store(y + to, SILU ? silu(v) : v, part);
@@ -181,6 +192,10 @@ void sums(const GroupNormTile& a) {
       const auto x_at = [&](int64_t i) { return load(x + i * a.x_pixel + c, part); };
       const auto dy_at = [&](int64_t i) { return load(dy + i * a.y_pixel + c, part); };
       for (; k + 2 <= p + rows; k += 2) {
+        for (int64_t i = k; i < k + 2; ++i) {
+          prefetch(x + i * a.x_pixel + c + a.x_ahead, part);
+          prefetch(dy + i * a.y_pixel + c + a.y_ahead, part);
+        }
         const auto sums =
             both(Two{{x_at(k), x_at(k + 1)}}, Two{{dy_at(k), dy_at(k + 1)}}, mean, up, offset);
         d_sum += sums.of[0].v[0] + sums.of[0].v[1];
@@ -220,6 +235,8 @@ void apply_backward(const GroupNormTile& a) {
   const T* dy = static_cast<const T*>(a.dy);
   T* dx = static_cast<T*>(a.dx);
   for_tile(a, [&](int64_t at, int64_t to, int64_t c, auto part, auto constant) {
+    prefetch(x + at + a.x_ahead, part);
+    prefetch(dy + to + a.y_ahead, part);
     const auto centred = load(x + at, part) - constant(a.mean + c, part);
     const auto up = constant(a.up + c, part);
     const auto d =
@@ -237,6 +254,32 @@ void group_norm_statistics(const GroupNormTile& a) {
       statistics_of_channels<decltype(t)>(a);
     } else {
       statistics_of_planes<decltype(t)>(a);
+    }
+  });
+}
+
+void group_norm_merge(const GroupNormPieces& a) {
+  const int64_t C = a.channels;
+  double* __restrict means = a.means;
+  double* __restrict squares = a.squares;
+  const auto each = [&](auto f) {
+    for (int64_t p = 0; p < a.pieces; ++p) {
+      const int64_t left = a.pixels - p * a.run;
+      const float* __restrict own = a.measured + p * 3 * C;
+      f(own, static_cast<double>(left < a.run ? left : a.run));
+    }
+  };
+  for (int64_t k = 0; k < C; ++k) means[k] = squares[k] = 0;
+  each([&](const float* own, double count) {
+    for (int64_t k = 0; k < C; ++k)
+      means[k] += (static_cast<double>(own[k]) + own[2 * C + k]) * count;
+  });
+  for (int64_t k = 0; k < C; ++k) means[k] /= static_cast<double>(a.pixels);
+  each([&](const float* own, double count) {
+    for (int64_t k = 0; k < C; ++k) {
+      // about `own[k]`, so without rest; moved to the mean of the image
+      const double delta = own[k] - means[k], rest = own[2 * C + k];
+      squares[k] += own[C + k] + delta * (delta + 2 * rest) * count;
     }
   });
 }
@@ -300,6 +343,8 @@ struct Call {
     t.x_channel = channels_last ? 1 : pixels;
     t.y_pixel = channels_last ? channels : 1;
     t.y_channel = channels_last ? 1 : pixels;
+    t.x_ahead = channels_last ? run * t.x_pixel : count * t.x_channel;
+    t.y_ahead = channels_last ? run * t.y_pixel : count * t.y_channel;
     return t;
   }
 
@@ -323,6 +368,11 @@ struct Call {
     }
   }
 
+  // An image like x, with so many channels: its data.
+  void* image(const char* name, const MaybeTensor& t, int64_t channels) const {
+    return t ? dense(op, name, *t, dtype, channels_last, batch * pixels * channels) : nullptr;
+  }
+
   double gain(int64_t image, int64_t c) const {
     return scale ? 1. + scale[image * channels + c] : 1.;
   }
@@ -331,22 +381,21 @@ struct Call {
 Call describe(const Tensor& x, const MaybeTensor& skip, const Tensor& weight, const Tensor& bias,
               const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups,
               bool channels_last) {
-  STD_TORCH_CHECK(x.dim() == 3 && (!skip || skip->dim() == 3), op, ": expected 3 dimensions");
-  const int64_t axis = channels_last ? 2 : 1;
+  STD_TORCH_CHECK(x.dim() == 4 && (!skip || skip->dim() == 4), op, ": expected 4 dimensions");
   Call c{};
   c.channels_last = channels_last;
   c.type = type_of(op, x);
   c.dtype = x.scalar_type();
   c.bytes = x.element_size();
   c.batch = x.size(0);
-  c.pixels = x.size(3 - axis);
-  c.part[0] = x.size(axis);
-  c.part[1] = skip ? skip->size(axis) : 0;
+  c.pixels = x.size(2) * x.size(3);
+  c.part[0] = x.size(1);
+  c.part[1] = skip ? skip->size(1) : 0;
   c.channels = c.part[0] + c.part[1];
   c.groups = groups;
   STD_TORCH_CHECK(groups > 0 && c.channels % groups == 0, op, ": groups do not divide channels");
-  c.from[0] = data(op, "x", x, c.dtype, c.batch * c.pixels * c.part[0]);
-  c.from[1] = data(op, "skip", skip, c.dtype, c.batch * c.pixels * c.part[1]);
+  c.from[0] = c.image("x", x, c.part[0]);
+  c.from[1] = c.image("skip", skip, c.part[1]);
   c.weight = floats(op, "weight", weight, c.channels);
   c.bias = floats(op, "bias", bias, c.channels);
   c.scale = floats(op, "scale", scale, c.batch * c.channels);
@@ -412,15 +461,36 @@ struct Vectors {
   }
 };
 
+// channels_last: first(image, piece), then between(image) when all pieces of the image are there,
+// then second(image, piece). An image is done as a whole, which finds it in the cache the second
+// time, where there are enough of them for every thread.
+template <class First, class Between, class Second>
+void for_images(int64_t batch, int64_t pieces, const First& first, const Between& between,
+                const Second& second) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (batch % threads == 0 || batch >= 4 * threads) {
+    for_pieces(batch, [&](int64_t image) {
+      for (int64_t p = 0; p < pieces; ++p) first(image, p);
+      between(image);
+      for (int64_t p = 0; p < pieces; ++p) second(image, p);
+    });
+    return;
+  }
+  for_pieces(batch * pieces, [&](int64_t i) { first(i / pieces, i % pieces); });
+  for_pieces(batch, between);
+  for_pieces(batch * pieces, [&](int64_t i) { second(i / pieces, i % pieces); });
+}
+
 void forward(const Tensor& x, const MaybeTensor& skip, const Tensor& weight, const Tensor& bias,
              const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups, double eps,
              bool silu, bool channels_last, const Tensor& y, const Tensor& statistics) {
   const Call c = describe(x, skip, weight, bias, scale, shift, groups, channels_last);
-  void* y_ = data(op, "y", y, c.dtype, c.batch * c.pixels * c.channels);
+  void* y_ = c.image("y", y, c.channels);
   auto* groups_ =
       reinterpret_cast<Statistics*>(floats(op, "statistics", statistics, c.batch * groups * 4));
   if (c.batch * c.pixels == 0) return;
   const auto measure_tile = FASTDIFF_PICK(group_norm_statistics);
+  const auto merge = FASTDIFF_PICK(group_norm_merge);
   const auto apply_tile = FASTDIFF_PICK(group_norm_apply);
   const int64_t D = c.width(), C = c.channels;
   Vectors vectors(c);
@@ -476,29 +546,21 @@ void forward(const Tensor& x, const MaybeTensor& skip, const Tensor& weight, con
   const int64_t run = c.piece_pixels(), pieces = c.pieces();
   const auto size = [&](int64_t piece) { return std::min(run, c.pixels - piece * run); };
   std::vector<float> partial(c.batch * pieces * 3 * C);
-  for_pieces(c.batch * pieces, [&](int64_t i) {
-    measure(i / pieces, 0, C, i % pieces * run, size(i % pieces), &partial[i * 3 * C]);
-  });
-  for_pieces(c.batch, [&](int64_t image) {
+  const auto measure_piece = [&](int64_t image, int64_t piece) {
+    measure(image, 0, C, piece * run, size(piece), &partial[(image * pieces + piece) * 3 * C]);
+  };
+  const auto settle_image = [&](int64_t image) {
     std::vector<double> means(C), squares(C);
-    const float* own = &partial[image * pieces * 3 * C];
-    for (int64_t p = 0; p < pieces; ++p, own += 3 * C)
-      for (int64_t k = 0; k < C; ++k)
-        means[k] += (static_cast<double>(own[k]) + own[2 * C + k]) * static_cast<double>(size(p));
-    for (int64_t k = 0; k < C; ++k) means[k] /= static_cast<double>(c.pixels);
-    own = &partial[image * pieces * 3 * C];
-    for (int64_t p = 0; p < pieces; ++p, own += 3 * C)
-      for (int64_t k = 0; k < C; ++k) {
-        // about `own[k]`, so without rest; moved to the mean of the image
-        const double delta = own[k] - means[k], rest = own[2 * C + k];
-        squares[k] += own[C + k] + delta * (delta + 2 * rest) * static_cast<double>(size(p));
-      }
+    merge(
+        {&partial[image * pieces * 3 * C], pieces, C, run, c.pixels, means.data(), squares.data()});
     const std::vector<int64_t> counts(D, c.pixels);
     for (int64_t g = 0; g < groups; ++g)
       settle(image, g, Statistics::merge(&means[g * D], &squares[g * D], counts.data(), D, eps));
-  });
-  for_pieces(c.batch * pieces,
-             [&](int64_t i) { apply(i / pieces, 0, C, i % pieces * run, size(i % pieces)); });
+  };
+  const auto apply_piece = [&](int64_t image, int64_t piece) {
+    apply(image, 0, C, piece * run, size(piece));
+  };
+  for_images(c.batch, pieces, measure_piece, settle_image, apply_piece);
 }
 
 void backward(const Tensor& dy, const Tensor& x, const MaybeTensor& skip, const Tensor& weight,
@@ -508,9 +570,8 @@ void backward(const Tensor& dy, const Tensor& x, const MaybeTensor& skip, const 
               const MaybeTensor& dbias, const MaybeTensor& dscale, const MaybeTensor& dshift) {
   const Call c = describe(x, skip, weight, bias, scale, shift, groups, channels_last);
   const int64_t D = c.width(), C = c.channels;
-  const void* dy_ = data(op, "dy", dy, c.dtype, c.batch * c.pixels * C);
-  void* to[2] = {data(op, "dx", dx, c.dtype, c.batch * c.pixels * c.part[0]),
-                 data(op, "dskip", dskip, c.dtype, c.batch * c.pixels * c.part[1])};
+  const void* dy_ = c.image("dy", dy, C);
+  void* to[2] = {c.image("dx", dx, c.part[0]), c.image("dskip", dskip, c.part[1])};
   const auto* groups_ = reinterpret_cast<const Statistics*>(
       floats(op, "statistics", statistics, c.batch * groups * 4));
   float* dweight_ = floats(op, "dweight", dweight, C);
@@ -591,10 +652,10 @@ void backward(const Tensor& dy, const Tensor& x, const MaybeTensor& skip, const 
     const int64_t run = c.piece_pixels(), pieces = c.pieces();
     const auto size = [&](int64_t piece) { return std::min(run, c.pixels - piece * run); };
     std::vector<float> partial(c.batch * pieces * 2 * C);
-    for_pieces(c.batch * pieces, [&](int64_t i) {
-      add_up(i / pieces, 0, C, i % pieces * run, size(i % pieces), &partial[i * 2 * C]);
-    });
-    for_pieces(c.batch, [&](int64_t image) {
+    const auto add_up_piece = [&](int64_t image, int64_t piece) {
+      add_up(image, 0, C, piece * run, size(piece), &partial[(image * pieces + piece) * 2 * C]);
+    };
+    const auto settle_image = [&](int64_t image) {
       const float* own = &partial[image * pieces * 2 * C];
       for (int64_t p = 0; p < pieces; ++p, own += 2 * C)
         for (int64_t k = 0; k < C; ++k) {
@@ -602,9 +663,11 @@ void backward(const Tensor& dy, const Tensor& x, const MaybeTensor& skip, const 
           second[image * C + k] += own[C + k];
         }
       for (int64_t g = 0; g < groups; ++g) settle(image, g);
-    });
-    for_pieces(c.batch * pieces * (to[0] || to[1]),
-               [&](int64_t i) { apply(i / pieces, 0, C, i % pieces * run, size(i % pieces)); });
+    };
+    const auto apply_piece = [&](int64_t image, int64_t piece) {
+      if (to[0] || to[1]) apply(image, 0, C, piece * run, size(piece));
+    };
+    for_images(c.batch, pieces, add_up_piece, settle_image, apply_piece);
   }
 
   for (int64_t i = 0; i < C; ++i) {

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fastdiff_kernels import _native, _register
 
+_FORMATS = torch.contiguous_format, torch.channels_last
+
 
 def supports(x: Tensor, *_: Any) -> str | None:
     return "it computes in float32, and x is float64" if x.dtype is torch.float64 else None
@@ -30,17 +32,9 @@ def call(
     return y
 
 
-def _flat(x: Tensor | None, channels_last: bool) -> Tensor | None:
-    """(B, C, H, W) laid out as (B, H W, C) or (B, C, H W): a view, or a copy of another layout."""
-    if x is None:
-        return None
-    return (x.permute(0, 2, 3, 1).flatten(1, 2) if channels_last else x.flatten(2)).contiguous()
-
-
-def _image(flat: Tensor, like: Tensor, channels_last: bool) -> Tensor:
-    """What `_flat` made flat, as (B, C, H, W) again."""
-    size = like.shape[2:]
-    return flat.unflatten(1, size).permute(0, 3, 1, 2) if channels_last else flat.unflatten(2, size)
+def _dense(image: Tensor | None, channels_last: bool) -> Tensor | None:
+    """The image itself, or a copy where it has another layout or gaps."""
+    return image if image is None else image.contiguous(memory_format=_FORMATS[channels_last])
 
 
 def _empty(
@@ -56,9 +50,12 @@ def _empty(
     channels_last: bool,
 ) -> tuple[Tensor, ...]:
     B, C, H, W = x.shape
-    C = C if skip is None else C + skip.shape[1]
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    y = torch.empty((B, C, H, W), dtype=x.dtype, device=x.device, memory_format=layout)
+    layout = _FORMATS[channels_last]
+    if skip is None:
+        y = torch.empty_like(x, memory_format=layout)
+    else:
+        shape = (B, C + skip.shape[1], H, W)
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
     # Mean and reciprocal deviation, each with what rounding took from it.
     return y, x.new_empty((B, num_groups, 4), dtype=torch.float32)
 
@@ -77,16 +74,15 @@ def _forward(
     channels_last: bool,
 ) -> None:
     y, statistics = results
-    vectors = map(_native.float32, (weight, bias, scale, shift))
-    torch.ops.fastdiff_native.group_norm_forward(
-        _flat(x, channels_last),
-        _flat(skip, channels_last),
-        *vectors,
+    torch.ops.fastdiff_native.group_norm_forward.default(
+        _dense(x, channels_last),
+        _dense(skip, channels_last),
+        *map(_native.float32, (weight, bias, scale, shift)),
         num_groups,
         eps,
         silu,
         channels_last,
-        _flat(y, channels_last),
+        y,
         statistics,
     )
 
@@ -107,14 +103,13 @@ def _backward(
     channels_last: bool,
 ) -> None:
     dx, dweight, dbias, dscale, dshift, dskip = gradients
-    vectors = map(_native.float32, (weight, bias, scale, shift))
-    images = [_flat(d, channels_last) for d in (dx, dskip)]
+    images = [_dense(d, channels_last) for d in (dx, dskip)]
     with _native.float32_buffers((dweight, dbias, dscale, dshift)) as buffers:
-        torch.ops.fastdiff_native.group_norm_backward(
-            _flat(dy, channels_last),
-            _flat(x, channels_last),
-            _flat(skip, channels_last),
-            *vectors,
+        torch.ops.fastdiff_native.group_norm_backward.default(
+            _dense(dy, channels_last),
+            _dense(x, channels_last),
+            _dense(skip, channels_last),
+            *map(_native.float32, (weight, bias, scale, shift)),
             statistics,
             num_groups,
             silu,
@@ -123,8 +118,8 @@ def _backward(
             *buffers,
         )
     for d, image in zip((dx, dskip), images, strict=True):
-        if d is not None and image is not None and image.data_ptr() != d.data_ptr():
-            d.copy_(_image(image, d, channels_last))
+        if d is not None and image is not None and image is not d:
+            d.copy_(image)
 
 
 _kernel = _register.kernel(

@@ -43,6 +43,23 @@ using MaybeTensor = std::optional<Tensor>;
   return t ? data(op, name, *t, type, elements) : nullptr;
 }
 
+// Images (B, C, H, W) of this dtype that leave no gap, contiguous or in channels_last, and of so
+// many elements: their data.
+[[maybe_unused]] void* dense(const char* op, const char* name, const Tensor& t, ScalarType type,
+                             bool channels_last, int64_t elements) {
+  if (!channels_last) return data(op, name, t, type, elements);
+  STD_TORCH_CHECK(t.scalar_type() == type, op, ": ", name, " has another dtype");
+  STD_TORCH_CHECK(t.dim() == 4 && t.numel() == elements, op, ": ", name, " has ", t.numel(),
+                  " elements; expected ", elements);
+  int64_t stride = 1;
+  for (const int64_t axis : {1, 3, 2, 0}) {
+    STD_TORCH_CHECK(elements == 0 || t.size(axis) == 1 || t.stride(axis) == stride, op, ": ", name,
+                    " is not channels_last");
+    stride *= t.size(axis);
+  }
+  return t.data_ptr();
+}
+
 [[maybe_unused]] float* floats(const char* op, const char* name, const MaybeTensor& t,
                                int64_t elements) {
   return static_cast<float*>(data(op, name, t, ScalarType::Float, elements));

@@ -231,6 +231,19 @@ FASTDIFF_INLINE void store(T* p, V v, Part part) {
 FASTDIFF_INLINE V keep(V v, Whole) { return v; }
 FASTDIFF_INLINE V keep(V v, Part part) { return lane_numbers(Lanes{}) < part.n ? v : V{}; }
 
+// Asks for what `load(p, part)` will read later; p may point anywhere.
+template <int vectors, class T>
+FASTDIFF_INLINE void prefetch_vectors(const T* p) {
+  for (unsigned i = 0; i < vectors * W * sizeof(T); i += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + i, 0, 2);
+}
+template <class T>
+FASTDIFF_INLINE void prefetch(const T* p, Whole) {
+  prefetch_vectors<1>(p);
+}
+template <class T>
+FASTDIFF_INLINE void prefetch(const T*, Part) {}  // a last piece: not worth an instruction
+
 // Calls f with a value of the type that `type` names: one switch at a kernel's door.
 template <class F>
 FASTDIFF_INLINE void with_type(Type type, F f) {
@@ -284,6 +297,10 @@ FASTDIFF_INLINE void store(T* p, Two x, Pair) {
   store(p + W, x.v[1]);
 }
 FASTDIFF_INLINE Two keep(Two x, Pair) { return x; }
+template <class T>
+FASTDIFF_INLINE void prefetch(const T* p, Pair) {
+  prefetch_vectors<2>(p);
+}
 // The sum of the two, or the one.
 FASTDIFF_INLINE V both(Two x) { return x.v[0] + x.v[1]; }
 FASTDIFF_INLINE V both(V x) { return x; }
