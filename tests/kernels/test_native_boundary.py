@@ -62,6 +62,14 @@ def function(name: str) -> Any:
     return getattr(torch.ops.fastdiff_native, name).default
 
 
+def refused(name: str, call: list[Any]) -> bool:
+    try:
+        function(name)(*call)
+    except RuntimeError:
+        return True
+    return False
+
+
 def bad(value: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield "one element less", value.flatten()[1:].clone()
     yield "one row less", value[1:].clone()
@@ -88,9 +96,7 @@ def test_every_tensor_is_checked(name: str) -> None:
         for why, value in bad(CALLS[name][i]):
             call = [*CALLS[name]]
             call[i] = value
-            with pytest.raises(RuntimeError):
-                function(name)(*call)
-                pytest.fail(f"{name} took {arguments[i].name} with {why}")
+            assert refused(name, call), f"{name} took {arguments[i].name} with {why}"
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -100,6 +106,4 @@ def test_every_size_is_checked(name: str) -> None:
             for value in (0, -1, -(2**62), 2**62, CALLS[name][i] + 1):
                 call = [*CALLS[name]]
                 call[i] = value
-                with pytest.raises(RuntimeError):
-                    function(name)(*call)
-                    pytest.fail(f"{name} took {argument.name}={value}")
+                assert refused(name, call), f"{name} took {argument.name}={value}"
