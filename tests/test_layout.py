@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "fastdiff.models": {"fastdiff.ops", "fastdiff.nn"},
     "fastdiff.diffusion": set(),
     "fastdiff.data": set(),
-    "fastdiff.metrics": set(),
+    "fastdiff.metrics": {"fastdiff.data"},
     "fastdiff.text": set(),
     "fastdiff.clip": set(),
     "fastdiff.grid": set(),

@@ -1,0 +1,237 @@
+"""Samples against stored statistics: the numbers, and beside them all that they depend on."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff.data.samples import BadSample, CaptionedImages
+from fastdiff.data.transforms import to_tensor
+from fastdiff.metrics.extractors import Extractor, file_sha256
+from fastdiff.metrics.pictures import Pictures
+from fastdiff.metrics.ranks import in_order, own_batches
+from fastdiff.metrics.scores import (
+    Spread,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+from fastdiff.metrics.statistics import Statistics, measure, software
+
+SCORES = ("fid", "kid", "precision_recall", "inception_score")
+#: What is taken over from the `settings.json` that sampling leaves beside its pictures.
+SETTINGS = ("sampler", "steps", "guidance", "seeds", "model")
+_SUBSET_SIZE = 1000
+
+
+def evaluate(
+    samples: Pictures,
+    extractor: Extractor,
+    statistics: str | Path | None = None,
+    *,
+    scores: Collection[str] = ("fid",),
+    seed: int = 0,
+    **reading: Any,
+) -> dict[str, Any]:
+    """Judge samples. Under torch.distributed all ranks call it, and all have the result.
+
+    Args:
+        samples: the generated pictures.
+        extractor: the one that made the statistics.
+        statistics: file of `Statistics.save` or of another tool; the Inception score alone needs
+            none.
+        scores: names out of SCORES.
+        seed: of the subsets of KID and the shuffling of the Inception score.
+        reading: batch_size, workers, device, progress: see `measure`.
+
+    Returns:
+        JSON values: the numbers asked for; count, size; statistics, evaluator (versions and
+        extractor), crop, resize; and sampler, steps, guidance, seeds and model from the samples'
+        settings, null where these are not known.
+
+    Raises:
+        ValueError: an unknown score, one that lacks what it needs, or statistics of another
+            extractor, size of pictures or number of features.
+        BadSample: a picture that cannot be read; the error names it.
+    """
+    if unknown := sorted(set(scores) - set(SCORES)):
+        raise ValueError(f"evaluate: scores {unknown}; expected names out of {SCORES}")
+    reference = None if statistics is None else Statistics.load(statistics)
+    by_features = bool({"kid", "precision_recall"} & set(scores))
+    if reference is None and set(scores) != {"inception_score"}:
+        raise ValueError("evaluate: no statistics; only the Inception score does without them")
+    if reference is not None:
+        check_comparable(reference, extractor)
+        if by_features and reference.features is None:
+            raise ValueError(
+                "evaluate: the statistics hold no features, which KID, precision and recall need; "
+                "make them with keep_features"
+            )
+    stored = reference.features if reference is not None and by_features else None
+    own = measure(
+        samples,
+        extractor,
+        keep_features=0 if stored is None else len(stored),
+        logits="inception_score" in scores,
+        **reading,
+    )
+    result: dict[str, Any] = {}
+    evaluator: dict[str, Any] = {"extractor": own.about["extractor"], "software": software()}
+    if reference is not None:
+        check_same_pictures(own, reference)
+        if "fid" in scores:
+            result["fid"] = frechet_distance(
+                own.mean, own.covariance, reference.mean, reference.covariance
+            )
+    if stored is not None and own.features is not None:
+        if "kid" in scores:
+            size = min(_SUBSET_SIZE, len(stored), len(own.features))
+            spread = kernel_distance(stored, own.features, subset_size=size, seed=seed)
+            result |= {"kid": spread.mean, "kid_std": spread.std}
+            evaluator["kid"] = {"subsets": 100, "subset_size": size, "seed": seed}
+        if "precision_recall" in scores:
+            result |= precision_recall(stored, own.features)._asdict()
+            evaluator["precision_recall"] = {
+                "neighbours": 3,
+                "real": len(stored),
+                "generated": len(own.features),
+            }
+    if own.logits is not None:
+        splits = min(10, own.count)
+        spread = inception_score(own.logits, splits=splits, seed=seed)
+        result |= {"inception_score": spread.mean, "inception_score_std": spread.std}
+        evaluator["inception_score"] = {"splits": splits, "seed": seed}
+    about = {} if reference is None else reference.about
+    settings = sample_settings(samples.path)
+    return {
+        **result,
+        "count": own.count,
+        "size": own.about["size"],
+        "samples": str(samples.path),
+        "statistics": None
+        if reference is None or statistics is None
+        else {
+            "file": Path(statistics).name,
+            "sha256": file_sha256(Path(statistics).expanduser()),
+            "data": about.get("data"),
+            "count": reference.count or None,
+        },
+        "crop": about.get("crop"),
+        "resize": about.get("resize"),
+        "evaluator": evaluator,
+        **{name: settings.get(name) for name in SETTINGS},
+    }
+
+
+def check_comparable(reference: Statistics, extractor: Extractor) -> None:
+    """Refuse statistics of another extractor; warn where they do not name theirs.
+
+    Raises:
+        ValueError: another file, value range or size; with both values.
+
+    Warns:
+        UserWarning: a file of another tool, which says nothing of what made it.
+    """
+    theirs = reference.about.get("extractor")
+    if theirs is None:
+        warnings.warn(
+            "evaluate: the statistics do not say which extractor, crop and size made them; the "
+            "numbers hold only if these were the same",
+            UserWarning,
+            stacklevel=2,
+        )
+        return
+    differing = [
+        f"{name} {value}, the statistics' {theirs.get(name)}"
+        for name, value in extractor.about.items()
+        if value != theirs.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"evaluate: extractor {extractor.name} has {'; '.join(differing)} "
+            f"({theirs.get('name')}); expected the same extractor"
+        )
+
+
+def check_same_pictures(samples: Statistics, reference: Statistics) -> None:
+    """Refuse statistics of pictures of another size, or of another number of features.
+
+    Raises:
+        ValueError: with both values.
+    """
+    if samples.mean.shape != reference.mean.shape:
+        raise ValueError(
+            f"evaluate: samples have {len(samples.mean)} features, the statistics "
+            f"{len(reference.mean)}; expected those of the same extractor"
+        )
+    size = reference.about.get("size")
+    if size is not None and size != samples.about["size"]:
+        (h, w), (height, width) = samples.about["size"], size
+        raise ValueError(
+            f"evaluate: samples have {w}x{h} pixels, the statistics are of {width}x{height}"
+        )
+
+
+def sample_settings(samples: Path) -> dict[str, Any]:
+    """The `settings.json` in the samples' folder, or {} where there is none.
+
+    Raises:
+        ValueError: a file that is not a JSON object.
+    """
+    path = (samples if samples.is_dir() else samples.parent) / "settings.json"
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"evaluate: {path} is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"evaluate: {path} is {type(settings).__name__}; expected an object")
+    return settings
+
+
+def caption_agreement(
+    samples: CaptionedImages,
+    score: Callable[[Tensor, list[str]], Tensor],
+    *,
+    batch_size: int = 64,
+    progress: Callable[[int], object] | None = None,
+) -> Spread:
+    """Mean and standard deviation of a score of picture and caption, such as `CLIP.score`.
+
+    Args:
+        samples: captioned pictures, as `fastdiff.data.open_dataset` opens them.
+        score: (pictures (B, 3, H, W) in [-1, 1], B captions) -> (B,).
+        batch_size: pictures in a call of `score`.
+        progress: called with the number of pictures done since its last call.
+
+    Raises:
+        BadSample: a picture or caption that cannot be read; the error names it.
+    """
+    n = len(samples)
+
+    def own() -> Iterator[Tensor | Exception]:
+        for number in own_batches(-(-n // batch_size)):
+            first = number * batch_size
+            try:
+                batch = [samples[i] for i in range(first, min(first + batch_size, n))]
+                pictures = torch.stack([to_tensor(np.array(x.image)[None])[0] for x in batch])
+                yield score(pictures, [x.caption for x in batch]).detach().double().cpu()
+            except (BadSample, ValueError) as error:
+                yield error
+
+    scores = []
+    for part in in_order(-(-n // batch_size), own()):
+        scores.append(part)
+        if progress is not None:
+            progress(len(part))
+    every = torch.cat(scores)
+    return Spread(float(every.mean()), float(every.std(correction=0)))
