@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import fastdiff
+from fastdiff import _evaluate
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -113,6 +114,8 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--code", required=True, help="checkout of U-ViT or guided-diffusion")
     verify.add_argument("--tolerance", type=float, default=1e-4, help="default 1e-4")
     verify.set_defaults(run=_verify)
+
+    _evaluate.add_commands(commands)
     return root
 
 
