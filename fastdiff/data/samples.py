@@ -9,11 +9,13 @@ from __future__ import annotations
 import io
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 MAX_PIXELS = 50_000_000
 MAX_IMAGE_BYTES = 1 << 28
@@ -35,19 +37,27 @@ _EXIF_ORIENTATION = 0x0112
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture (PIL, mode RGB), its caption and its key: unique in its shard."""
+    """A picture (PIL, mode RGB), its caption and its key: unique in its shard.
+
+    context: (tokens, width) bfloat16, the caption's stored text features where the data set has
+    them.
+    """
 
     image: Image.Image
     caption: str
     key: str
+    context: Tensor | None = None
 
 
 class BadSample(Exception):
-    """A sample that cannot be used: its key, its shard (or metadata file) and the reason."""
+    """A sample that cannot be used: its key, its shard (or metadata file) and the reason.
 
-    def __init__(self, key: str, shard: str, reason: str) -> None:
-        super().__init__(key, shard, reason)
-        self.key, self.shard, self.reason = key, shard, reason
+    lost: it is the shard that cannot be used, with all of its samples.
+    """
+
+    def __init__(self, key: str, shard: str, reason: str, lost: bool = False) -> None:
+        super().__init__(key, shard, reason, lost)
+        self.key, self.shard, self.reason, self.lost = key, shard, reason, lost
 
     def __str__(self) -> str:
         return f"bad sample {self.key!r} in {self.shard}: {self.reason}"
@@ -59,6 +69,21 @@ class CaptionedImages(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
+
+
+@runtime_checkable
+class ShardedImages(CaptionedImages, Protocol):
+    """A data set of shards: their sizes decide the order, and they may be fetched ahead."""
+
+    @property
+    def shard_sizes(self) -> Sequence[int]:
+        """Samples of each shard; samples are numbered through them."""
+
+    def check_window(self, shards: int) -> None:
+        """Raise ValueError where so many shards cannot be read at the same time."""
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Fetch shards in the background, in this order; what was asked before is forgotten."""
 
 
 def decode_caption(data: bytes) -> str:

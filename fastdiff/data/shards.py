@@ -1,9 +1,8 @@
-"""Tar shards as img2dataset writes them, indexed once and read by global sample index.
+"""Tar shards as img2dataset writes them, read by global sample index.
 
-A shard holds KEY.jpg (.jpeg, .png, .webp) with KEY.txt and/or KEY.json ("caption"); KEY is the
-name up to its first dot, as in WebDataset. The index keeps offset and size of each member, beside
-the shard as `SHARD.tar.index.npz`; it is used while the shard's size and time of change are the
-same. Other members are never read, nothing is ever extracted.
+What a shard holds and how it is indexed is `shard_index`'s; remote shards come through `cache`. At
+opening only the number of samples of each shard is read; its index and its file are opened when
+one of its samples is asked for, and few of them are open at once.
 """
 
 from __future__ import annotations
@@ -11,21 +10,20 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import secrets
-import tarfile
-import zipfile
+import threading
+import time
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from fastdiff.data.cache import ShardCache, Source, read_small
+from fastdiff.data.embeddings import EmbeddedShard, Embeddings
 from fastdiff.data.samples import (
-    IMAGE_EXTENSIONS,
     MAX_CAPTION_BYTES,
     MAX_IMAGE_BYTES,
     BadSample,
@@ -35,26 +33,13 @@ from fastdiff.data.samples import (
     decode_image,
     parse_json,
 )
+from fastdiff.data.shard_index import ShardIndex, count_samples, load_index, stats_count
 
 log = logging.getLogger(__name__)
 
-INDEX_SUFFIX = ".index.npz"
-INDEX_VERSION = 1
 MAX_OPEN_SHARDS = 64
-_BLOCK = 512
-
-_ROW = np.dtype(
-    [
-        ("image_offset", np.int64),  # -1: the member is absent
-        ("image_size", np.int64),
-        ("txt_offset", np.int64),
-        ("txt_size", np.int64),
-        ("json_offset", np.int64),
-        ("json_size", np.int64),
-        ("repeated", np.bool_),  # a member of this key occurs twice
-    ]
-)
-_EMPTY = (-1, 0, -1, 0, -1, 0, False)
+# Seconds for which a shard that could not be opened is not tried again.
+LOST_FOR = 600.0
 
 
 class BadShard(NamedTuple):
@@ -64,132 +49,68 @@ class BadShard(NamedTuple):
     reason: str
 
 
-class ShardIndex(NamedTuple):
-    """Keys (bytes, UTF-8) and member positions of the samples of one shard, in file order."""
+class _Open:
+    """An open shard: its index, its file, and the stored text features of its captions."""
 
-    keys: np.ndarray
-    rows: np.ndarray
+    def __init__(self, path: Path, text: EmbeddedShard | None = None) -> None:
+        self.index, self.text = load_index(path), text
+        self.file = os.open(path, os.O_RDONLY)
 
-
-def index_shard(path: Path) -> ShardIndex:
-    """Read the headers of a tar file.
-
-    Raises:
-        ValueError: not a tar, empty, no sample in it, or cut (also at a member's boundary, where
-            a plain reader would silently find fewer samples).
-    """
-    size = path.stat().st_size
-    if size == 0:
-        raise ValueError("file is empty")
-    samples: dict[str, list[Any]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.size < 0:
-                    raise ValueError(f"member {member.name!r} has a negative size")
-                if member.offset_data + member.size > size:
-                    raise ValueError(f"truncated inside member {member.name!r}")
-                if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                    _add_member(samples, member)
-            end = tar.offset
-    except tarfile.TarError as error:
-        reason = "truncated" if samples else "not a tar file"
-        raise ValueError(f"{reason}: {error}") from None
-    with open(path, "rb") as file:
-        file.seek(end)
-        if file.read(_BLOCK) != bytes(_BLOCK):
-            raise ValueError(f"truncated or damaged at byte {end} after {len(samples)} samples")
-    if not samples:
-        raise ValueError("no picture or caption in it")
-    rows = np.array([tuple(row) for row in samples.values()], _ROW)
-    keys = np.array([key.encode("utf-8", "surrogateescape") for key in samples], np.bytes_)
-    return ShardIndex(keys, rows)
-
-
-def _add_member(samples: dict[str, list[Any]], member: tarfile.TarInfo) -> None:
-    folder, _, name = member.name.rpartition("/")
-    stem, _, extension = name.partition(".")
-    extension = extension.lower()
-    if extension in IMAGE_EXTENSIONS:
-        column = 0
-    elif extension in ("txt", "json"):
-        column = 2 if extension == "txt" else 4
-    else:
-        return
-    row = samples.setdefault(f"{folder}/{stem}" if folder else stem, list(_EMPTY))
-    if row[column] >= 0:
-        row[6] = True
-    else:
-        row[column], row[column + 1] = member.offset_data, member.size
-
-
-def _stamp(path: Path) -> np.ndarray:
-    stat = path.stat()
-    return np.array([INDEX_VERSION, stat.st_size, stat.st_mtime_ns], np.int64)
-
-
-def load_index(path: Path) -> ShardIndex:
-    """The index of a shard: the stored one while it is valid, else a new one, then stored.
-
-    Raises:
-        ValueError: the shard is rotten (see `index_shard`).
-    """
-    stored = path.with_name(path.name + INDEX_SUFFIX)
-    stamp = _stamp(path)
-    try:
-        # Opened here, as NumPy leaves the file open when it is no archive.
-        with open(stored, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            if np.array_equal(file["stamp"], stamp) and file["rows"].dtype == _ROW:
-                return ShardIndex(file["keys"], file["rows"])
-    # Absent, or not an index: made anew.
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass
-    index = index_shard(path)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-    try:
-        with open(partial, "wb") as file:
-            np.savez(file, stamp=stamp, keys=index.keys, rows=index.rows)
-        os.replace(partial, stored)
-    # A folder that cannot be written: the index stays in memory.
-    except OSError as error:
-        log.info("index of %s is not stored: %s", path, error)
-        with suppress(OSError):
-            partial.unlink()
-    return index
+    def close(self) -> None:
+        os.close(self.file)
+        if self.text is not None:
+            self.text.close()
 
 
 class ShardDataset:
     """Captioned pictures of tar shards by global sample index, in the order of the sorted names.
 
-    Shards that cannot be read are left out, logged and listed in `bad_shards`. The object may be
-    pickled and forked: positions are arrays, files are opened by the process that reads.
+    Shards that cannot be read at opening are left out, logged and listed in `bad_shards`; of one
+    that cannot be read later every sample is a BadSample. The object may be pickled and forked:
+    files are opened by the process that reads.
 
     Args:
-        shards: paths of tar files.
+        shards: paths of tar files, or addresses with their sizes (`cache.list_shards`).
+        cache: where remote shards go; needed if there are any.
+        embeddings: stored text features of the captions; each sample then has its `context`.
 
     Raises:
-        ValueError: no shard can be read.
+        ValueError: no shard can be read, or the embeddings are not those asked for.
     """
 
-    def __init__(self, shards: Sequence[str | Path]) -> None:
-        self.shards: list[Path] = []
+    def __init__(
+        self,
+        shards: Sequence[str | Path | Source],
+        *,
+        cache: ShardCache | None = None,
+        embeddings: Embeddings | None = None,
+    ) -> None:
+        self.cache, self.embeddings = cache, embeddings
+        sources = sorted(s if isinstance(s, Source) else Source(str(s), None) for s in shards)
         self.bad_shards: list[BadShard] = []
-        self._indices: list[ShardIndex] = []
-        for path in sorted(Path(shard) for shard in shards):
-            try:
-                self._indices.append(load_index(path))
-                self.shards.append(path)
-            except (ValueError, OSError) as error:
-                self.bad_shards.append(BadShard(str(path), str(error)))
-                log.warning("shard %s is left out: %s", path, error)
+        found = _count_remote(cache, sources) if cache is not None else _count_local(sources)
+        self.shards: list[Source] = []
+        sizes = []
+        for source, size, reason in found:
+            if reason is not None:
+                self.bad_shards.append(BadShard(source.url, reason))
+                log.warning("shard %s is left out: %s", source.url, reason)
+            elif size:
+                self.shards.append(source)
+                sizes.append(size)
         if not self.shards:
             told = "; ".join(f"{bad.path}: {bad.reason}" for bad in self.bad_shards[:3])
             raise ValueError(f"open_dataset: none of {len(shards)} tar shards can be read: {told}")
         if self.bad_shards:
             log.warning("%d of %d shards are left out", len(self.bad_shards), len(shards))
-        self._ends = list(accumulate(len(index.rows) for index in self._indices))
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self.shard_sizes: Sequence[int] = sizes
+        self._ends = list(accumulate(sizes))
+        self._opened: OrderedDict[int, _Open] = OrderedDict()
+        self._lost: dict[int, tuple[float, str]] = {}
+        self._wanted: list[int] = []
         self._pid = os.getpid()
+        if embeddings is not None:
+            embeddings.check([source.name for source in self.shards])
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -199,8 +120,8 @@ class ShardDataset:
         """Names, sizes and sample counts of the shards as 16 hex digits: equal on all ranks, and
         when a run is resumed, or index i does not mean the same sample."""
         told = [
-            f"{path.name} {path.stat().st_size} {len(index.rows)}"
-            for path, index in zip(self.shards, self._indices, strict=True)
+            f"{source.name} {source.size} {count}"
+            for source, count in zip(self.shards, self.shard_sizes, strict=True)
         ]
         return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
 
@@ -208,64 +129,211 @@ class ShardDataset:
         """Sample number `index` over all shards.
 
         Raises:
-            BadSample: picture or caption cannot be used.
+            BadSample: picture, caption or stored features cannot be used.
             IndexError: outside 0..len - 1.
+            CacheFull: a remote shard has no room on this machine.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"ShardDataset: index {index}; expected 0..{len(self) - 1}")
         shard = bisect_right(self._ends, index)
         place = index - (self._ends[shard - 1] if shard else 0)
-        key = bytes(self._indices[shard].keys[place]).decode("utf-8", "replace")
+        opened = self._open(shard, place)
+        if place >= len(opened.index.rows):
+            told = f"shard has {len(opened.index.rows)} samples; {self.shard_sizes[shard]} expected"
+            raise BadSample(f"#{place}", self.shards[shard].url, told)
+        key = bytes(opened.index.keys[place]).decode("utf-8", "replace")
         try:
-            caption, image = self._read(shard, self._indices[shard].rows[place])
-            return Sample(decode_image(image), caption, key)
+            row = opened.index.rows[place]
+            caption = _caption(opened, row, key)
+            image = decode_image(_member(opened, row, "image", MAX_IMAGE_BYTES))
+            text = None if opened.text is None else opened.text.read(place, caption)
+            return Sample(image, caption, key, text)
         except (ValueError, OSError) as error:
-            raise BadSample(key, str(self.shards[shard]), str(error)) from None
+            raise BadSample(key, self.shards[shard].url, str(error)) from None
 
-    def _read(self, shard: int, row: np.void) -> tuple[str, bytes]:
-        if row["repeated"]:
-            raise ValueError("a member of this key occurs twice")
-        if row["image_offset"] < 0:
-            raise ValueError("picture is missing")
-        if row["txt_offset"] >= 0:
-            caption = decode_caption(self._member(shard, row, "txt", MAX_CAPTION_BYTES))
-        elif row["json_offset"] >= 0:
-            fields = parse_json(self._member(shard, row, "json", MAX_CAPTION_BYTES))
-            caption = caption_of(fields, "caption")
+    def captions(self, shard: int) -> tuple[ShardIndex, list[str | None]]:
+        """Index of a shard, and the captions of its samples in order; None for a rotten one.
+
+        Raises:
+            BadSample: the shard cannot be read.
+        """
+        opened = self._open(shard, 0)
+        found: list[str | None] = []
+        for key, row in zip(opened.index.keys, opened.index.rows, strict=True):
+            try:
+                found.append(_caption(opened, row, bytes(key).decode("utf-8", "replace")))
+            except (ValueError, OSError):
+                found.append(None)
+        return opened.index, found
+
+    def check_window(self, shards: int) -> None:
+        """Raise ValueError where so many shards cannot be read at the same time.
+
+        Two such windows must fit into the cache: the one that is read, and the next.
+        """
+        if min(shards, len(self.shards)) > MAX_OPEN_SHARDS:
+            raise ValueError(
+                f"ShardDataset: a window of {shards} shards; at most {MAX_OPEN_SHARDS} are open"
+            )
+        largest, limit = 0, None
+        if self.cache is not None:
+            largest, limit = max(source.size or 0 for source in self.shards), self.cache.limit
+        if self.embeddings is not None and self.embeddings.cache is not None:
+            largest, limit = largest + self.embeddings.largest, self.embeddings.cache.limit
+        need = min(2 * shards, len(self.shards)) * largest
+        if limit is not None and need > limit:
+            raise ValueError(
+                f"ShardDataset: two windows of {shards} shards take {need / 2**30:.2f} GiB, the "
+                f"cache holds {limit / 2**30:.2f}; enlarge it, or mix fewer shards"
+            )
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Fetch remote files in the background, in this order; earlier requests are forgotten."""
+        features = None if self.embeddings is None else self.embeddings.cache
+        if self.cache is None and features is None:
+            return
+        self._wanted = wanted = list(shards)
+        threading.Thread(target=self._fetch_ahead, args=(wanted,), daemon=True).start()
+
+    def _fetch_ahead(self, wanted: list[int]) -> None:
+        for shard in wanted:
+            files = [(self.cache, self.shards[shard])]
+            if self.embeddings is not None:
+                features = self.embeddings.source(self.shards[shard].name)
+                files.append((self.embeddings.cache, features))
+            for cache, source in files:
+                if self._wanted is not wanted:  # something else was asked for
+                    return
+                if cache is None:
+                    continue
+                # What fails here fails again, and is told, when the shard is read.
+                try:
+                    # Another process is fetching it: this one goes on with the next.
+                    with cache.held(source, wait=False):
+                        pass
+                except (OSError, RuntimeError, ImportError) as error:
+                    log.info("%s is not fetched ahead: %s", source.url, error)
+
+    def _open(self, shard: int, place: int) -> _Open:
+        self._in_this_process()
+        if shard in self._opened:
+            self._opened.move_to_end(shard)
+            return self._opened[shard]
+        source = self.shards[shard]
+        until, reason = self._lost.get(shard, (0.0, ""))
+        if time.monotonic() < until:
+            raise BadSample(f"#{place}", source.url, reason, lost=True)
+        try:
+            opened = self._open_files(source)
+        except (ValueError, OSError) as error:
+            reason = f"shard cannot be read: {error}"
+            self._lost[shard] = (time.monotonic() + LOST_FOR, reason)
+            raise BadSample(f"#{place}", source.url, reason, lost=True) from None
+        if len(self._opened) >= MAX_OPEN_SHARDS:
+            self._opened.popitem(last=False)[1].close()
+        self._opened[shard] = opened
+        return opened
+
+    def _open_files(self, source: Source) -> _Open:
+        if self.cache is None:
+            opened = _Open(Path(source.url))
         else:
-            raise ValueError("caption is missing (no .txt, no .json)")
-        return caption, self._member(shard, row, "image", MAX_IMAGE_BYTES)
+            with self.cache.held(source) as path:
+                assert path is not None, "it may wait"
+                opened = _Open(path)
+        if self.embeddings is not None:
+            try:
+                opened.text = self.embeddings.open(source.name, opened.index)
+            except BaseException:
+                opened.close()
+                raise
+        return opened
 
-    def _member(self, shard: int, row: np.void, name: str, limit: int) -> bytes:
-        offset, size = int(row[f"{name}_offset"]), int(row[f"{name}_size"])
-        if size > limit:
-            raise ValueError(f"{name} has {size} bytes; at most {limit} are read")
-        data = os.pread(self._file(shard), size, offset)
-        if len(data) != size:
-            raise ValueError(f"{name} is cut: {len(data)} of {size} bytes")
-        return data
-
-    def _file(self, shard: int) -> int:
+    def _in_this_process(self) -> None:
         if self._pid != os.getpid():
             # After a fork the descriptors are the parent's to close.
-            self._files, self._pid = OrderedDict(), os.getpid()
-        if shard in self._files:
-            self._files.move_to_end(shard)
-            return self._files[shard]
-        if len(self._files) >= MAX_OPEN_SHARDS:
-            os.close(self._files.popitem(last=False)[1])
-        self._files[shard] = os.open(self.shards[shard], os.O_RDONLY)
-        return self._files[shard]
+            self._opened, self._pid = OrderedDict(), os.getpid()
 
     def close(self) -> None:
         """Close this process's files; they are opened again when needed."""
         if self._pid == os.getpid():
-            while self._files:
-                os.close(self._files.popitem()[1])
+            while self._opened:
+                self._opened.popitem()[1].close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_files"):
+        if hasattr(self, "_opened"):
             self.close()
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_files": OrderedDict()}
+        return {**self.__dict__, "_opened": OrderedDict(), "_wanted": []}
+
+
+Counted = list[tuple[Source, int, str | None]]
+
+
+def _count_local(sources: Sequence[Source]) -> Counted:
+    """Each shard with its size, its samples, and why it cannot be read."""
+    found: Counted = []
+    for source in sources:
+        try:
+            path = Path(source.url)
+            count = count_samples(path)
+            found.append((Source(source.url, path.stat().st_size), count, None))
+        except (ValueError, OSError) as error:
+            found.append((source, 0, str(error)))
+    return found
+
+
+def _count_remote(cache: ShardCache, sources: Sequence[Source]) -> Counted:
+    """The same for remote shards: by img2dataset's stats; one without them is fetched, once."""
+    reasons: dict[str, str] = {}
+
+    def make(known: dict[str, int]) -> dict[str, int]:
+        missing = [source.url for source in sources if source.url not in known]
+        stats = {url.removesuffix(".tar") + "_stats.json": url for url in missing}
+        for address, data in read_small(list(stats)).items():
+            count = stats_count(data)
+            if count is not None:
+                known[stats[address]] = count
+        uncounted = [source for source in sources if source.url not in known]
+        if uncounted:
+            log.warning(
+                "%d of %d shards have no NAME_stats.json: each is fetched to count its samples",
+                *(len(uncounted), len(sources)),
+            )
+        for source in uncounted:
+            try:
+                with cache.held(source) as path:
+                    assert path is not None, "it may wait"
+                    known[source.url] = len(load_index(path).rows)
+            except (ValueError, OSError) as error:
+                reasons[source.url] = str(error)
+        return known
+
+    counts = cache.remembered(sources, make)
+    return [(s, counts.get(s.url, 0), reasons.get(s.url)) for s in sources]
+
+
+def _caption(opened: _Open, row: np.void, key: str) -> str:
+    if row["repeated"]:
+        raise ValueError("a member of this key occurs twice")
+    if key.startswith("/") or ".." in key.split("/"):
+        raise ValueError("key leads out of the shard")
+    if row["image_offset"] < 0:
+        raise ValueError("picture is missing")
+    if row["txt_offset"] >= 0:
+        return decode_caption(_member(opened, row, "txt", MAX_CAPTION_BYTES))
+    if row["json_offset"] >= 0:
+        fields = parse_json(_member(opened, row, "json", MAX_CAPTION_BYTES))
+        return caption_of(fields, "caption")
+    raise ValueError("caption is missing (no .txt, no .json)")
+
+
+def _member(opened: _Open, row: np.void, name: str, limit: int) -> bytes:
+    offset, size = int(row[f"{name}_offset"]), int(row[f"{name}_size"])
+    if size > limit:
+        raise ValueError(f"{name} has {size} bytes; at most {limit} are read")
+    data = os.pread(opened.file, size, offset)
+    if len(data) != size:
+        raise ValueError(f"{name} is cut: {len(data)} of {size} bytes")
+    return data

@@ -3,14 +3,13 @@
 A run sees samples at positions 0, 1, 2, ... without end; the number of images seen is the whole
 state of its data. Everything at a position is a pure function of (seed, position):
 
-    epoch = position // N          index = order(seed, epoch)[position % N]
+    index = the seeded order of shards and samples (`order`)
     noise, time, flip, drop = counter-based draws (Philox) keyed by (seed, position)
 
 so the same position meets the same sample, noise and time on any number of ranks, workers and
 micro-batches. The global batch at step s is the positions [s G, (s + 1) G); rank r of W takes its
 r-th contiguous part, and the micro-batches are consecutive parts of that.
 
-Streams of one key are kept apart by the top word of Philox's counter: 0 order, 1 scalars, 2 noise.
 Order and scalars are computed from Philox's raw words and are the same under every NumPy; noise is
 NumPy's float32 normal, the same wherever NumPy's normal is (unchanged since 1.17).
 
@@ -19,7 +18,6 @@ Letters: N samples, G global batch, W ranks, B micro-batch.
 
 from __future__ import annotations
 
-import logging
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -30,12 +28,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fastdiff.data.samples import BadSample, CaptionedImages, Sample
+from fastdiff.data.faults import BadRecord, BadSampleError
+from fastdiff.data.order import NOISE, SCALARS, SampleOrder, philox
+from fastdiff.data.samples import BadSample, CaptionedImages, Sample, ShardedImages
 from fastdiff.data.transforms import to_square_tensor
-
-log = logging.getLogger(__name__)
-
-_ORDER, _SCALARS, _NOISE = 0, 1, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +42,8 @@ class StreamConfig:
     ranks. micro_batch: images per forward pass on one rank; None for the rank's whole part.
     num_steps: T, of diffusion time. drop_rate: probability that a sample's condition is dropped.
     flip: mirror half of the pictures (leave off where captions say left and right).
+    window: shards whose samples are mixed; fewer are read at a time, more are mixed better.
+    noise: draw the noise in the loader; without it a batch has none, and who trains draws it.
     """
 
     seed: int
@@ -55,9 +53,11 @@ class StreamConfig:
     num_steps: int = 1000
     drop_rate: float = 0.1
     flip: bool = False
+    window: int = 16
+    noise: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "global_batch", "num_steps"):
+        for name in ("image_size", "global_batch", "num_steps", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"StreamConfig: {name}={getattr(self, name)}; expected at least 1")
         if not 0 <= self.seed < 2**64:
@@ -85,21 +85,6 @@ class StreamConfig:
         return micro, part // micro
 
 
-def _philox(seed: int, number: int, stream: int) -> np.random.Philox:
-    key = np.array([seed, number], np.uint64)
-    return np.random.Philox(key=key, counter=np.array([0, 0, 0, stream], np.uint64))
-
-
-def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The order of an epoch: the permutation that sorts `size` random 64-bit words.
-
-    Returns:
-        (size,) int64.
-    """
-    words = _philox(seed, epoch, _ORDER).random_raw(size)
-    return np.argsort(words, kind="stable")
-
-
 class Draws(NamedTuple):
     """The random choices at one position; `t` in 0..T-1, `t_unit` the same draw in [0, 1)."""
 
@@ -114,7 +99,7 @@ def draw_scalars(config: StreamConfig, position: int) -> Draws:
 
     Each uses its own word of the stream, so switching one off leaves the others as they are.
     """
-    words = _philox(config.seed, position, _SCALARS).random_raw(3)
+    words = philox(config.seed, position, SCALARS).random_raw(3)
     unit = (words >> np.uint64(11)) * 2.0**-53
     return Draws(
         t=int(unit[0] * config.num_steps),
@@ -130,23 +115,8 @@ def draw_noise(seed: int, position: int, shape: tuple[int, ...]) -> torch.Tensor
     Returns:
         `shape` float32.
     """
-    generator = np.random.Generator(_philox(seed, position, _NOISE))
+    generator = np.random.Generator(philox(seed, position, NOISE))
     return torch.from_numpy(generator.standard_normal(shape, np.float32))
-
-
-class BadRecord(NamedTuple):
-    """A sample that could not be used at a position; probe 0 is the sample itself, 1, 2, ... those
-    tried in its place."""
-
-    key: str
-    shard: str
-    reason: str
-    position: int
-    probe: int
-
-
-class BadSampleError(RuntimeError):
-    """Too many bad samples; the message names the worst shard."""
 
 
 def probe_offsets(size: int) -> Iterator[int]:
@@ -162,6 +132,12 @@ def probe_offsets(size: int) -> Iterator[int]:
         offset *= 2
 
 
+def make_order(dataset: CaptionedImages, config: StreamConfig) -> SampleOrder:
+    """The order in which a stream sees a data set."""
+    sizes = dataset.shard_sizes if isinstance(dataset, ShardedImages) else [len(dataset)]
+    return SampleOrder(config.seed, sizes, config.window)
+
+
 class PositionDataset(Dataset[dict[str, Any]]):
     """The finished training item at a (position, index), read in the loader's workers.
 
@@ -171,24 +147,40 @@ class PositionDataset(Dataset[dict[str, Any]]):
 
     def __init__(self, dataset: CaptionedImages, config: StreamConfig) -> None:
         self.dataset, self.config = dataset, config
+        self._order = make_order(dataset, config)
+        self._next_window = -1  # the position up to which shards have been asked for
 
     def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
         position, index = place
+        self._fetch_ahead(position)
         sample, bad = self._read(position, index)
         config = self.config
         draws = draw_scalars(config, position)
         image = to_square_tensor(sample.image, config.image_size, draws.flip)
-        return {
+        item = {
             "image": image,
             "caption": sample.caption,
             "key": sample.key,
             "position": position,
-            "noise": draw_noise(config.seed, position, tuple(image.shape)),
             "t": draws.t,
             "t_unit": draws.t_unit,
             "drop": draws.drop,
             "bad": bad,
         }
+        if config.noise:
+            item["noise"] = draw_noise(config.seed, position, tuple(image.shape))
+        if sample.context is not None:
+            item["context"] = sample.context
+        return item
+
+    def _fetch_ahead(self, position: int) -> None:
+        """At the first position of a window, ask for its shards and for those of the next."""
+        if position < self._next_window or not isinstance(self.dataset, ShardedImages):
+            return
+        now = self._order.window(position)
+        after = self._order.window(now.end)
+        self._next_window = now.end
+        self.dataset.prefetch([*now.shards.tolist(), *after.shards.tolist()])
 
     def _read(self, position: int, index: int) -> tuple[Sample, list[BadRecord]]:
         bad: list[BadRecord] = []
@@ -197,7 +189,9 @@ class PositionDataset(Dataset[dict[str, Any]]):
             try:
                 return self.dataset[(index + offset) % size], bad
             except BadSample as error:
-                bad.append(BadRecord(error.key, error.shard, error.reason, position, probe))
+                bad.append(
+                    BadRecord(error.key, error.shard, error.reason, position, probe, error.lost)
+                )
         worst, count = Counter(record.shard for record in bad).most_common(1)[0]
         raise BadSampleError(
             f"no sample can be read: {len(bad)} tried at position {position}, none good; "
@@ -209,20 +203,20 @@ class PositionSampler(Sampler[list[tuple[int, int]]]):
     """Micro-batches of (position, index) for one rank, from `start` up to `stop` or without end.
 
     Args:
-        size: N, samples in the data set.
+        order: of the data set's samples.
         config: the stream.
         rank, world: this process and their number.
         start: images seen before, over all ranks.
         stop: images seen at the end; None for no end.
 
     Raises:
-        ValueError: an empty data set, a rank outside the world, a negative start, a `stop` that is
+        ValueError: a rank outside the world, a negative start, a `stop` that is
             not whole batches after `start`, or a layout that does not divide.
     """
 
     def __init__(
         self,
-        size: int,
+        order: SampleOrder,
         config: StreamConfig,
         *,
         rank: int = 0,
@@ -231,8 +225,6 @@ class PositionSampler(Sampler[list[tuple[int, int]]]):
         stop: int | None = None,
     ) -> None:
         self.micro, self.micros = config.layout(world)
-        if size < 1:
-            raise ValueError(f"PositionSampler: the data set has {size} samples; expected some")
         if not 0 <= rank < world:
             raise ValueError(f"PositionSampler: rank={rank}; expected 0..{world - 1}")
         if start < 0:
@@ -242,15 +234,15 @@ class PositionSampler(Sampler[list[tuple[int, int]]]):
                 f"PositionSampler: stop={stop}; expected start={start} plus a multiple of "
                 f"global_batch={config.global_batch}"
             )
-        self.size, self.config, self.rank, self.start, self.stop = size, config, rank, start, stop
-        self._epoch, self._order = -1, np.empty(0, np.int64)
+        self.order, self.config, self.rank = order, config, rank
+        self.start, self.stop = start, stop
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         first = self.start
         while self.stop is None or first < self.stop:
             for k in range(self.micros):
                 begin = first + (self.rank * self.micros + k) * self.micro
-                yield [(p, self._index(p)) for p in range(begin, begin + self.micro)]
+                yield [(p, self.order.index(p)) for p in range(begin, begin + self.micro)]
             first += self.config.global_batch
 
     def __len__(self) -> int:
@@ -258,31 +250,47 @@ class PositionSampler(Sampler[list[tuple[int, int]]]):
             raise TypeError("PositionSampler: a stream without end has no length")
         return (self.stop - self.start) // self.config.global_batch * self.micros
 
-    def _index(self, position: int) -> int:
-        epoch, place = divmod(position, self.size)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, epoch_order(self.config.seed, epoch, self.size)
-        return int(self._order[place])
-
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch of items.
 
     Returns:
-        image (B, 3, H, W) float32 in [-1, 1]; noise, the same shape; caption, key: lists of text;
-        position, t (B,) int64; t_unit (B,) float64 in [0, 1); drop (B,) bool; bad: BadRecords.
+        image (B, 3, H, W) float32 in [-1, 1]; noise, the same shape, where the stream has it;
+        caption, key: lists of text; position, t (B,) int64; t_unit (B,) float64 in [0, 1);
+        drop (B,) bool; bad: BadRecords; with stored text features context (B, S, width) bfloat16,
+        S the longest caption's, and mask (B, S) bool, True = valid.
     """
-    return {
+    batch: dict[str, Any] = {
         "image": torch.stack([item["image"] for item in items]),
         "caption": [item["caption"] for item in items],
         "key": [item["key"] for item in items],
         "position": torch.tensor([item["position"] for item in items], dtype=torch.int64),
-        "noise": torch.stack([item["noise"] for item in items]),
         "t": torch.tensor([item["t"] for item in items], dtype=torch.int64),
         "t_unit": torch.tensor([item["t_unit"] for item in items], dtype=torch.float64),
         "drop": torch.tensor([item["drop"] for item in items], dtype=torch.bool),
         "bad": [record for item in items for record in item["bad"]],
     }
+    if "noise" in items[0]:
+        batch["noise"] = torch.stack([item["noise"] for item in items])
+    if "context" in items[0]:
+        batch["context"], batch["mask"] = pad_context([item["context"] for item in items])
+    return batch
+
+
+def pad_context(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of captions of several lengths, padded with zeros to the longest.
+
+    Args:
+        rows: B of (S_i, width).
+
+    Returns:
+        (B, S, width) and the mask (B, S) bool, True = valid.
+    """
+    lengths = [len(row) for row in rows]
+    context = rows[0].new_zeros(len(rows), max(lengths), rows[0].shape[1])
+    for i, row in enumerate(rows):
+        context[i, : lengths[i]] = row
+    return context, torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
 
 
 def _ignore_signals(worker: int) -> None:
@@ -316,12 +324,19 @@ def make_loader(
         pin_memory: page-locked batches, for copies to a GPU.
 
     Raises:
-        ValueError: see `PositionSampler`.
+        ValueError: see `PositionSampler`; or a window that the data set cannot hold.
     """
+    if isinstance(dataset, ShardedImages):
+        dataset.check_window(config.window)
     return DataLoader(
         PositionDataset(dataset, config),
         batch_sampler=PositionSampler(
-            len(dataset), config, rank=rank, world=world, start=start, stop=stop
+            make_order(dataset, config),
+            config,
+            rank=rank,
+            world=world,
+            start=start,
+            stop=stop,
         ),
         collate_fn=collate,
         num_workers=num_workers,
@@ -334,48 +349,3 @@ def make_loader(
         # torch's global one and shift the model's dropout.
         generator=torch.Generator(),
     )
-
-
-class BadSampleLimit:
-    """Counts bad samples in the training process, logs them, and stops beyond a limit.
-
-    Args:
-        rate: largest share of the samples seen that may be bad.
-        minimum: as many bad samples are always allowed, so that a run's first does not stop it.
-        logged: bad samples logged one by one; after them only every hundredth.
-    """
-
-    def __init__(self, rate: float = 0.01, *, minimum: int = 16, logged: int = 20) -> None:
-        if not 0.0 <= rate <= 1.0:
-            raise ValueError(f"BadSampleLimit: rate={rate}; expected 0..1")
-        self.rate, self.minimum, self.logged = rate, minimum, logged
-        self.seen = 0
-        self.bad = 0
-        self._by_shard: Counter[str] = Counter()
-
-    def update(self, batch: dict[str, Any]) -> None:
-        """Count a batch.
-
-        Raises:
-            BadSampleError: more than `rate` of the samples seen, and more than `minimum`, are bad.
-        """
-        self.seen += len(batch["position"])
-        last = None
-        for record in batch["bad"]:
-            # Those tried in place of a bad sample did not come up by themselves: not counted.
-            if record.probe == 0:
-                self.bad += 1
-                self._by_shard[record.shard] += 1
-                last = record
-                if self.bad <= self.logged or self.bad % 100 == 0:
-                    log.warning(
-                        "bad sample %r in %s: %s (%d bad of %d seen)",
-                        *(record.key, record.shard, record.reason, self.bad, self.seen),
-                    )
-        if last is not None and self.bad > max(self.minimum, self.rate * self.seen):
-            worst, count = self._by_shard.most_common(1)[0]
-            raise BadSampleError(
-                f"{self.bad} of {self.seen} samples seen are bad, over the limit of "
-                f"{self.rate:.2%}; worst shard {worst} ({count} of them); last: {last.key!r} in "
-                f"{last.shard}: {last.reason}"
-            )

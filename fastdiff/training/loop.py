@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdiff.data.faults import BadSampleLimit
 from fastdiff.data.readers import open_dataset
-from fastdiff.data.stream import BadSampleLimit, StreamConfig, make_loader
+from fastdiff.data.stream import StreamConfig, make_loader
 from fastdiff.text import SmallTextEncoder
 from fastdiff.training import engine as engines
 from fastdiff.training.checkpoint import (
