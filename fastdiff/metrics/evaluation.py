@@ -24,7 +24,7 @@ from fastdiff.metrics.scores import (
     kernel_distance,
     precision_recall,
 )
-from fastdiff.metrics.statistics import Statistics, measure, software
+from fastdiff.metrics.statistics import Statistics, measure, software, warn_if_few
 
 SCORES = ("fid", "kid", "precision_recall", "inception_score")
 #: What is taken over from the `settings.json` that sampling leaves beside its pictures.
@@ -61,6 +61,10 @@ def evaluate(
         ValueError: an unknown score, one that lacks what it needs, or statistics of another
             extractor, size of pictures or number of features.
         BadSample: a picture that cannot be read; the error names it.
+
+    Warns:
+        UserWarning: no more pictures than features on either side, or statistics of another tool,
+            which do not say what made them.
     """
     if unknown := sorted(set(scores) - set(SCORES)):
         raise ValueError(f"evaluate: scores {unknown}; expected names out of {SCORES}")
@@ -70,6 +74,8 @@ def evaluate(
         raise ValueError("evaluate: no statistics; only the Inception score does without them")
     if reference is not None:
         check_comparable(reference, extractor)
+        if reference.count:
+            warn_if_few(str(statistics), reference.count, len(reference.mean))
         if by_features and reference.features is None:
             raise ValueError(
                 "evaluate: the statistics hold no features, which KID, precision and recall need; "

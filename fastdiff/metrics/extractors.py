@@ -31,7 +31,7 @@ class Extractor:
         module: called with float32 (B, 3, H, W); returns features of B rows, which are flattened,
             or a pair of features and logits. A TorchScript module whose `forward` has the argument
             `return_features` (NVIDIA's Inception) is called with it, and once more without it for
-            the probabilities where logits are asked for.
+            the probabilities where logits are asked for. Put into evaluation mode.
         name: for people.
         sha256: of the file, or of the state dict.
         value_range: what black and white are to the module: (0, 255), (0, 1), (-1, 1).

@@ -218,13 +218,7 @@ def measure(
         if progress is not None:
             progress(len(batch.features))
     mean, covariance = moments.result()
-    if n <= len(mean):
-        warnings.warn(
-            f"{pictures.path}: {n} pictures for {len(mean)} features: the covariance is singular "
-            "and a Frechet distance far from its limit; the paper's have 50,000 pictures",
-            UserWarning,
-            stacklevel=2,
-        )
+    warn_if_few(str(pictures.path), n, len(mean))
     transform = pictures.transform
     return Statistics(
         mean=mean,
@@ -242,6 +236,17 @@ def measure(
             "software": software(),
         },
     )
+
+
+def warn_if_few(what: str, count: int, features: int) -> None:
+    """Warn where a covariance is singular for want of pictures."""
+    if count <= features:
+        warnings.warn(
+            f"{what}: {count} pictures for {features} features: the covariance is singular and a "
+            "Frechet distance far from its limit; the paper's are of 50,000 pictures",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _differing(
@@ -296,6 +301,8 @@ def _own_features(
         sampler=mine,
         num_workers=min(workers, len(mine)),
         pin_memory=device.type == "cuda",
+        # Without its own the loader takes a number from torch's global generator.
+        generator=torch.Generator(),
     )
     for pixels in loader:
         if isinstance(pixels, Exception):

@@ -162,6 +162,16 @@ def test_scores_that_lack_what_they_need_are_refused(
             fid(samples, bare, torchscript, tmp_path / "x.json", wrong, "-1")
 
 
+def test_statistics_of_too_few_pictures_warn_with_the_count(
+    data: Path, samples: Path, tmp_path: Path
+) -> None:
+    extractor = from_module(Network())
+    with pytest.warns(UserWarning, match="data: 5 pictures for 6 features"):
+        few = measure(open_pictures(data, count=5), extractor).save(tmp_path / "few.npz")
+    with pytest.warns(UserWarning, match=r"few\.npz: 5 pictures for 6 features"):
+        evaluate(open_pictures(samples), extractor, few)
+
+
 def test_an_unreadable_picture_is_named_on_the_command_line(
     statistics: Path, torchscript: Path, tmp_path: Path
 ) -> None:

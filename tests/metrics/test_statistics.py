@@ -88,7 +88,9 @@ def test_what_the_numbers_depend_on_is_kept(data: Path) -> None:
 def test_reading_processes_change_nothing(data: Path) -> None:
     options = {"keep_features": 50, "batch_size": 16}
     extractor = from_module(Network())
+    before = torch.get_rng_state()
     alone = measure(open_pictures(data), extractor, **options)
+    assert torch.equal(torch.get_rng_state(), before)  # measuring may happen amid a training
     assert same(alone, measure(open_pictures(data), extractor, workers=1, **options))
 
 
