@@ -75,6 +75,48 @@ def _verify(arguments: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
+def _embed_text(arguments: argparse.Namespace) -> None:
+    from fastdiff.data.embed import Written, embed_shards, place_of_process
+    from fastdiff.data.readers import open_dataset
+    from fastdiff.data.shards import ShardDataset
+    from fastdiff.text import T5TextEncoder
+
+    rank, world, device = place_of_process()
+
+    def told(done: Written) -> None:
+        rotten = f", {done.rotten} without a caption" if done.rotten else ""
+        print(f"{done.shard}: {done.samples} captions, {done.tokens} tokens{rotten}", flush=True)
+
+    try:
+        dataset = open_dataset(arguments.data, cache=arguments.cache, cache_gib=arguments.cache_gib)
+        if not isinstance(dataset, ShardDataset):
+            raise ValueError(f"{arguments.data} holds no tar shards")
+        encoder = T5TextEncoder(
+            arguments.encoder,
+            dtype=arguments.dtype,
+            max_length=arguments.max_length,
+            revision=arguments.revision,
+            device=arguments.device or device,
+        )
+        done = embed_shards(
+            dataset,
+            encoder,
+            arguments.out,
+            rank=rank,
+            world=world,
+            batch_tokens=arguments.batch_tokens,
+            told=told,
+        )
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        raise SystemExit(f"fastdiff embed-text: {error}") from error
+    share = f" (process {rank} of {world})" if world > 1 else ""
+    print(f"{len(done.written)} shards written to {arguments.out}, {done.kept} were there{share}")
+    for shard, reason in done.failed + [(bad.path, bad.reason) for bad in dataset.bad_shards]:
+        print(f"fastdiff embed-text: {shard} has no text features: {reason}")
+    if done.failed:
+        raise SystemExit(1)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line: one function per subcommand, each importing what it needs when it runs."""
     root = argparse.ArgumentParser(prog="fastdiff", description=__doc__)
@@ -116,6 +158,24 @@ def parser() -> argparse.ArgumentParser:
     verify.set_defaults(run=_verify)
 
     _evaluate.add_commands(commands)
+    embed = commands.add_parser(
+        "embed-text",
+        help="T5 features of a data set's captions, stored for training",
+        description="Writes NAME.text.safetensors for each NAME.tar: valid tokens only, bfloat16, "
+        "with checksums. Under `torchrun -m fastdiff embed-text ...` each process takes its share; "
+        "a job that was stopped goes on. Train with --data.embeddings OUT.",
+    )
+    embed.add_argument("data", help="folder or address of tar shards")
+    embed.add_argument("out", help="folder or address of the features; may be the data's")
+    embed.add_argument("--encoder", default="t5-11b", help="name or folder of a T5, default t5-11b")
+    embed.add_argument("--revision", help="of an encoder by name: branch, tag or commit")
+    embed.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    embed.add_argument("--max-length", type=int, default=256, metavar="TOKENS", help="default 256")
+    embed.add_argument("--batch-tokens", type=int, default=16_384, metavar="TOKENS")
+    embed.add_argument("--device", help="default: this process's GPU, else the CPU")
+    embed.add_argument("--cache", default="~/.cache/fastdiff/shards", help="for remote shards")
+    embed.add_argument("--cache-gib", type=float, default=64.0, metavar="GIB")
+    embed.set_defaults(run=_embed_text)
     return root
 
 

@@ -14,6 +14,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -66,6 +67,37 @@ class TextEncoder(Protocol):
 
     def encode(self, captions: Sequence[str]) -> TextFeatures:
         """Captions to features, on the encoder's device."""
+
+
+def t5_label(name_or_path: str | Path, revision: str | None, dtype: str, max_length: int) -> str:
+    """What stored features of a T5 are known by, without loading it.
+
+    Of the name only the last part: it is the same by hub name and in a folder on any machine.
+    """
+    name = str(name_or_path).rstrip("/").rpartition("/")[2]
+    return f"t5:{name}@{revision or 'main'}:{dtype}:{max_length}"
+
+
+def length_buckets(mask: Tensor, shortest: int = 32) -> list[tuple[Tensor, int]]:
+    """Rows of a batch by the length that they need: up to 32 positions, 64, 128, ...
+
+    Args:
+        mask: (B, S) bool, True = valid.
+        shortest: positions below which rows are not told apart.
+
+    Returns:
+        Rows (B_i,) int64 on the mask's device, and the longest of them: for each length that
+        occurs, from short to long; every row once.
+    """
+    positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    lengths = (mask * positions).amax(1).clamp(min=1).tolist()
+    buckets: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths):
+        buckets.setdefault(max(0, (length - 1) // shortest).bit_length(), []).append(row)
+    return [
+        (torch.tensor(rows, device=mask.device), max(lengths[row] for row in rows))
+        for _, rows in sorted(buckets.items())
+    ]
 
 
 class T5TextEncoder:
@@ -155,6 +187,8 @@ class T5TextEncoder:
         self._max_length = max_length
         self._width = int(config.d_model)
         self.paper_text_mode = paper_text_mode
+        self._label = t5_label(source, revision, dtype, max_length)
+        self._commit = str(getattr(config, "_commit_hash", None) or "")
         mode = "paper" if paper_text_mode else "masked"
         self._name = f"t5:{source}@{at}:{dtype}:{max_length}:{mode}"
 
@@ -162,6 +196,27 @@ class T5TextEncoder:
     def name(self) -> str:
         """Model as given, revision, dtype, length and mode."""
         return self._name
+
+    @property
+    def label(self) -> str:
+        """What stored features are known by: `t5_label`."""
+        return self._label
+
+    @property
+    def commit(self) -> str:
+        """Commit of the model where it came from a hub, else empty."""
+        return self._commit
+
+    @cached_property
+    def weights(self) -> str:
+        """Digest of 256 values of each weight in bfloat16, 16 hex digits."""
+        digest = hashlib.sha256()
+        for name, weight in sorted(self._model.state_dict().items()):
+            flat = weight.reshape(-1)
+            some = flat[:: max(1, len(flat) // 256)][:256].to("cpu", torch.bfloat16).contiguous()
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            digest.update(some.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def width(self) -> int:
@@ -213,10 +268,18 @@ class T5TextEncoder:
     # Not inference_mode: the diffusion model saves the features for its backward pass.
     @torch.no_grad()
     def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Tokens to features (B, S, width) in the encoder's dtype, zero where the mask is False."""
+        """Tokens to features (B, S, width) in the encoder's dtype, zero where the mask is False.
+
+        Captions of about one length are computed together, without the padding that longer ones
+        and `paper_text_mode` would give them.
+        """
+        features = torch.zeros(*ids.shape, self._width, dtype=self._model.dtype, device=ids.device)
         with torch.autocast(ids.device.type, enabled=False):
-            out = self._model(input_ids=ids, attention_mask=mask).last_hidden_state
-        features: Tensor = out.masked_fill(~mask.unsqueeze(-1), 0.0)
+            for rows, length in length_buckets(mask):
+                part = mask[rows, :length]
+                out = self._model(input_ids=ids[rows, :length], attention_mask=part)
+                hidden = out.last_hidden_state.masked_fill(~part.unsqueeze(-1), 0.0)
+                features[rows, :length] = hidden
         return features
 
     def features(self, ids: Tensor, mask: Tensor) -> TextFeatures:

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from fastdiff.text import SmallTextConfig, SmallTextEncoder, T5TextEncoder, TextFeatures
+from fastdiff.text import (
+    SmallTextConfig,
+    SmallTextEncoder,
+    T5TextEncoder,
+    TextFeatures,
+    length_buckets,
+    t5_label,
+)
 
 CAPTIONS = [
     "a green cross on a white background at the top left",
@@ -170,6 +177,94 @@ def test_bad_captions_are_refused(t5_folder: Path, kind: str) -> None:
         encoder.encode([])
     with pytest.raises(TypeError, match="must be strings, got NoneType"):
         encoder.encode(["a", None])  # type: ignore[list-item]
+
+
+def test_rows_are_grouped_by_the_length_they_need() -> None:
+    lengths = [5, 32, 33, 64, 65, 130, 1, 0]
+    mask = torch.arange(140) < torch.tensor(lengths).unsqueeze(1)
+    found = [(rows.tolist(), length) for rows, length in length_buckets(mask)]
+    assert found == [([0, 1, 6, 7], 32), ([2, 3], 64), ([4], 65), ([5], 130)]
+    # Valid positions need not stand in front.
+    gap = torch.zeros(1, 40, dtype=torch.bool)
+    gap[0, 36] = True
+    assert [length for _, length in length_buckets(gap)] == [37]
+
+
+def test_padding_is_not_computed(t5_folder: Path) -> None:
+    captions = ["a " * 100, *["a blue ring"] * 7]
+    encoder = T5TextEncoder(t5_folder, dtype="float32", paper_text_mode=True)
+    shapes: list[tuple[int, ...]] = []
+    encoder._model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    context, _ = encoder.encode(captions)
+    assert shapes == [(7, 12), (1, 201)]
+    assert context.shape == (8, 256, 24)
+    for row, caption in enumerate(captions):
+        alone = T5TextEncoder(t5_folder, dtype="float32").encode([caption]).context[0]
+        torch.testing.assert_close(context[row, : len(alone)], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_label_is_the_same_on_every_machine(t5_folder: Path) -> None:
+    encoder = T5TextEncoder(t5_folder, max_length=77)
+    assert encoder.label == f"t5:{t5_folder.name}@main:bfloat16:77"
+    assert t5_label("google/t5-v1_1-xxl", "abc", "float32", 256) == "t5:t5-v1_1-xxl@abc:float32:256"
+    assert t5_label("/mnt/t5-v1_1-xxl/", "abc", "float32", 256) == t5_label(
+        "google/t5-v1_1-xxl", "abc", "float32", 256
+    )
+    assert encoder.commit == ""
+
+
+def test_a_digest_tells_weights_apart(t5_folder: Path) -> None:
+    narrow, wide = (T5TextEncoder(t5_folder, dtype=d) for d in ("bfloat16", "float32"))
+    assert narrow.weights == wide.weights
+    other = T5TextEncoder(t5_folder, dtype="float32")
+    other._model.encoder.final_layer_norm.weight[3] += 0.1
+    assert other.weights != wide.weights
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    from fastdiff.data import scenes
+
+    return scenes.write_shards(tmp_path / "shards", n=12, resolution=8, seed=1, shard_size=4)
+
+
+def test_embed_text_stores_what_the_encoder_gives(
+    t5_folder: Path,
+    shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fastdiff import cli
+    from fastdiff.data import open_dataset
+
+    (shards / "00009.tar").write_bytes(b"rotten")
+    command = ["embed-text", str(shards), str(tmp_path / "text"), "--encoder", str(t5_folder)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        cli.main(command)
+    out = capsys.readouterr().out
+    assert "00000.tar: 4 captions" in out
+    assert "2 shards written" in out
+    assert "1 shards written" in out
+    assert "00009.tar has no text features: not a tar file" in out
+    encoder = T5TextEncoder(t5_folder)
+    dataset = open_dataset(shards, embeddings=tmp_path / "text", encoder=encoder.label)
+    for i in range(12):
+        sample = dataset[i]
+        alone = encoder.encode([sample.caption]).context[0]
+        torch.testing.assert_close(sample.context, alone, atol=0.03, rtol=0.02)
+    with pytest.raises(SystemExit, match=r"of t5:byt5.*:256, not of t5:byt5.*:9; give another"):
+        cli.main([*command, "--max-length", "9"])
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(SystemExit, match=r"embed-text: open_dataset: no data in .*none"):
+        cli.main(["embed-text", str(tmp_path / "none"), str(tmp_path / "text")])
 
 
 def test_float16_is_refused_with_the_reason(t5_folder: Path) -> None:
