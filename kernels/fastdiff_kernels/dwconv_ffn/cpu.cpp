@@ -93,6 +93,18 @@ FASTDIFF_INLINE void store_pixels(float* p, Two x) {
 FASTDIFF_INLINE V load_pixels(const float* p, V) { return load(p); }
 FASTDIFF_INLINE Two load_pixels(const float* p, Two) { return {{load(p), load(p + dwconv_block)}}; }
 
+// Asks for one pixel or for two, `stride` apart. A tile is many short runs far from each other,
+// which the hardware does not foresee.
+template <class T>
+FASTDIFF_INLINE void prefetch_pixels(const T* p, int64_t, V) {
+  prefetch(p, Whole{});
+}
+template <class T>
+FASTDIFF_INLINE void prefetch_pixels(const T* p, int64_t stride, Two) {
+  prefetch(p, Whole{});
+  prefetch(p + stride, Whole{});
+}
+
 // The taps of the channels at c, and what they make of nine values.
 struct Taps {
   V weight[9];
@@ -147,11 +159,14 @@ void forward(const DwconvTile& a) {
   const int64_t first = a.prefix * a.stride;
   const Ring ring{a.scratch, a.columns};
   float* results = a.scratch + 6 * dwconv_row(a.columns);
+  const auto at_row = [&](auto* grid, int64_t i) { return grid + i * a.columns * a.stride; };
   for_grid_rows(a, z + first, ring, [&](int64_t i) {
     for_vectors(a.channels, [&](int64_t c, auto part) {
       const Taps taps(a, c, part);
       const V bias = load(a.bias + c, part);
       for_neighbours(ring, i, c, [&](int64_t j, const auto* around) {
+        prefetch_pixels(at_row(z + first, i + 2) + j * a.stride + c, a.stride, around[0]);
+        prefetch_pixels(at_row(y + first, i) + j * a.stride + c, a.stride, around[0]);
         store_pixels(results + j * dwconv_block + c, gelu(taps.convolve(bias, around)));
       });
     });
@@ -160,14 +175,17 @@ void forward(const DwconvTile& a) {
 }
 
 // From a row of dy in the ring of d to the gradient before the GELU, in place; y into `results`.
-void slopes_of_row(const DwconvTile& a, const Ring& ring, const Ring& d_ring, int64_t i,
-                   float* results) {
+// ahead(offset of a pixel in a row, one or two pixels) is called at each.
+template <class F>
+FASTDIFF_INLINE void slopes_of_row(const DwconvTile& a, const Ring& ring, const Ring& d_ring,
+                                   int64_t i, float* results, F ahead) {
   for_vectors(a.channels, [&](int64_t c, auto part) {
     const Taps taps(a, c, part);
     const V bias = load(a.bias + c, part);
     float* d = d_ring.row(i) + dwconv_block + c;
     for_neighbours(ring, i, c, [&](int64_t j, const auto* around) {
       auto slope = around[0];
+      ahead(j * a.stride + c, slope);
       const auto out = gelu_and_slope(taps.convolve(bias, around), &slope);
       if (results) store_pixels(results + j * dwconv_block + c, out);
       float* at = d + j * dwconv_block;
@@ -216,6 +234,7 @@ void backward(const DwconvTile& a) {
     for_vectors(a.channels, [&](int64_t c, auto part) {
       const Taps taps(a, c, part);
       for_neighbours(d_ring, i, c, [&](int64_t j, const auto* around) {
+        prefetch_pixels(at(dz, i) + j * a.stride + c, a.stride, around[0]);
         store_pixels(results + j * dwconv_block + c, taps.transposed(around));
       });
     });
@@ -224,7 +243,11 @@ void backward(const DwconvTile& a) {
   no_row(-1);
   for_grid_rows(a, z + first, ring, [&](int64_t i) {
     d_ring.fill(i, at(dy, i), a.stride, a.channels);
-    slopes_of_row(a, ring, d_ring, i, y ? results : nullptr);
+    slopes_of_row(a, ring, d_ring, i, y ? results : nullptr, [&](int64_t offset, auto pixels) {
+      prefetch_pixels(at(z, i + 2) + offset, a.stride, pixels);
+      prefetch_pixels(at(dy, i + 1) + offset, a.stride, pixels);
+      if (y) prefetch_pixels(at(y, i) + offset, a.stride, pixels);
+    });
     if (y) write_row(results, a.columns, a.channels, at(y, i), a.stride);
     if (a.sum_weight) sums_of_row(a, ring, d_ring, i);
     if (dz && i > 0) write_dz(i - 1);

@@ -235,7 +235,7 @@ FASTDIFF_INLINE V keep(V v, Part part) { return lane_numbers(Lanes{}) < part.n ?
 template <int vectors, class T>
 FASTDIFF_INLINE void prefetch_vectors(const T* p) {
   for (unsigned i = 0; i < vectors * W * sizeof(T); i += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + i, 0, 2);
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + i, 0, 3);
 }
 template <class T>
 FASTDIFF_INLINE void prefetch(const T* p, Whole) {
