@@ -15,6 +15,7 @@ import datetime
 import functools
 import gc
 import hashlib
+import itertools
 import math
 import os
 import platform
@@ -307,17 +308,27 @@ def clean(text: str) -> str:
     return re.sub(r"(?<![\w.])/(?:[\w.+@-]+/)+", ".../", text)
 
 
-def peak_memory(job: Job, device: torch.device) -> int | None:
-    """Bytes allocated at the worst moment of a call beyond what was before; None on a CPU."""
-    if device.type != "cuda":
-        return None
+def peak_memory(job: Job, device: torch.device) -> int:
+    """Bytes allocated at the worst moment of a call beyond what was before.
+
+    On a GPU by its allocator, on a CPU from the allocations that torch's profiler records; what a
+    library takes past torch's allocators, as oneDNN its scratch memory, is not seen.
+    """
     job()
     synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    job()
-    synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        job()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        job()
+    records = profiled.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in records if e.name() == "[memory]")
+    return max(itertools.accumulate((size for _, size in changes), initial=0))
 
 
 def saved_bytes(job: Job, leave_out: Iterable[Tensor] = ()) -> int:

@@ -185,8 +185,21 @@ def test_saved_bytes_count_each_memory_once_and_no_weights() -> None:
     assert harness.saved_bytes(lambda: x + x) == 0
 
 
-def test_a_cpu_has_no_peak_memory() -> None:
-    assert harness.peak_memory(lambda: None, CPU) is None
+def test_peak_memory_of_a_cpu() -> None:
+    x = torch.randn(1 << 16, requires_grad=True)
+    assert harness.peak_memory(lambda: None, CPU) == 0
+
+    def job() -> None:
+        kept = x.exp()  # saved for its own backward
+        del kept
+
+    def training() -> None:
+        x.exp().sin().sum().backward()  # exp's result is saved twice over, sin's is gone
+        x.grad = None
+
+    assert harness.peak_memory(job, CPU) == x.nbytes
+    # two gradients and exp's result; a few bytes of scalars
+    assert x.nbytes * 3 <= harness.peak_memory(training, CPU) <= x.nbytes * 4 + 1024
 
 
 # Correctness
