@@ -204,7 +204,5 @@ def _covered(points: Tensor, centres: Tensor, neighbours: int) -> float:
             for part in centres.split(1024)
         ]
     )
-    # Copies of a picture are at distance zero up to rounding, and count as inside.
-    radii = radii + 1e-12 * centres.square().sum(1).max()
     inside = [(_squared_distances(part, centres) <= radii).any(1) for part in points.split(1024)]
     return float(torch.cat(inside).double().mean())

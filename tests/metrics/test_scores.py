@@ -69,6 +69,11 @@ def test_frechet_in_closed_form() -> None:
     mean_a, mean_b = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 0.0, 3.0])
     a, b = torch.diag(torch.tensor([4.0, 9.0, 0.0])), torch.diag(torch.tensor([1.0, 16.0, 25.0]))
     assert frechet_distance(mean_a, a, mean_b, b) == pytest.approx(4 + 1 + 1 + 25, rel=1e-12)
+    # Small eigenvalues are not taken for zeros: (1 - 1e-6)^2.
+    small = torch.diag(torch.tensor([4.0, 9.0, 1e-12], dtype=torch.float64))
+    one = torch.diag(torch.tensor([4.0, 9.0, 1.0], dtype=torch.float64))
+    got = frechet_distance(mean_a, small, mean_a, one)
+    assert got == pytest.approx((1 - 1e-6) ** 2, rel=1e-12)
     # A distance: symmetric.
     assert frechet_distance(mean_b, b, mean_a, a) == pytest.approx(31, rel=1e-12)
 
@@ -155,9 +160,9 @@ def test_precision_and_recall_where_they_are_known() -> None:
     # Half of the modes: what is drawn is real, what is real is half drawn.
     two = torch.cat([real, real + 100])
     assert precision_recall(two, real) == (1, 0.5)
-    # Copies of one picture: balls of radius zero hold their own centre.
-    copies = real[:1].expand(10, 4)
-    assert precision_recall(copies, copies.clone()) == (1, 1)
+    # Copies of a picture: balls of radius zero hold their own centre.
+    copies = 100 + normal(30, 64).repeat(5, 1)
+    assert precision_recall(copies, copies.flip(0)[:121]) == (1, 1)
     with pytest.raises(ValueError, match="neighbours=3"):
         precision_recall(real[:3], real)
     with pytest.raises(ValueError, match="NaN"):
