@@ -138,6 +138,7 @@ class BadSampleLimit:
         if self.file is None or not records or self.told >= MAX_TOLD:
             return
         self.told += len(records)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as file:
             for record in records:
                 told = record._asdict()
@@ -149,19 +150,26 @@ class BadSampleLimit:
 
         Args:
             ranks: each rank's `counts.state()`.
-
-        Raises:
-            BadSampleError: the ranks together are over the limit, where none is alone.
         """
-        since = Counts()
-        for state in ranks:
-            since.add(Counts.of(state))
-        judge(since, self.rate, self.shards, self.minimum, last="")
-        since.add(self.before)
-        return since.state()
+        return _sum([self.before.state(), *ranks]).state()
+
+    def check(self, ranks: Iterable[dict[str, Any]]) -> None:
+        """Raise BadSampleError where the ranks together are over the limit and none is alone.
+
+        Args:
+            ranks: each rank's `counts.state()`.
+        """
+        judge(_sum(ranks), self.rate, self.shards, self.minimum)
 
 
-def judge(counts: Counts, rate: float, shards: int, minimum: int, *, last: str) -> None:
+def _sum(states: Iterable[dict[str, Any]]) -> Counts:
+    found = Counts()
+    for state in states:
+        found.add(Counts.of(state))
+    return found
+
+
+def judge(counts: Counts, rate: float, shards: int, minimum: int, *, last: str = "") -> None:
     """Raise BadSampleError where counts are over the limit; arguments as `BadSampleLimit`'s."""
     last = last and f"; last: {last}"
     if shards and len(counts.lost) > rate * shards:

@@ -18,7 +18,10 @@ Letters: N samples, G global batch, W ranks, B micro-batch.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -293,12 +296,28 @@ def pad_context(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return context, torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
 
 
-def _ignore_signals(worker: int) -> None:
+def _mind_signals(worker: int) -> None:
     # A terminal, a launcher and a scheduler signal every process of a job; the training process
     # decides what it means, and needs its workers to reach the end of the step and save. Workers
     # whose parent is gone end by themselves.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_told, daemon=True).start()
+
+
+def _end_when_told() -> None:
+    # By the training process alone: it waits for its workers when it fails, and would for ever.
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def stop_workers() -> None:
+    """End this process's loader workers now; torch would wait five seconds for each of them."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.terminate()
 
 
 def make_loader(
@@ -342,7 +361,7 @@ def make_loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_mind_signals,
         # A worker that hangs (a dead network mount) must not hang the run.
         timeout=600 if num_workers else 0,
         # The loader draws a seed for its workers; without its own generator it would take it from

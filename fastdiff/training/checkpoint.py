@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Progress:
         seed: Of the run.
         world: Number of ranks.
         data: Fingerprint of the data set.
+        bad: What `BadSampleLimit.total` counted, over all ranks and resumes.
     """
 
     step: int
@@ -51,6 +52,7 @@ class Progress:
     seed: int
     world: int
     data: str
+    bad: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -120,7 +122,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     """A checkpoint's manifest, or None if the checkpoint is not whole."""
     try:
         manifest = json.loads((checkpoint / _MANIFEST).read_text())
-        Progress(**{f.name: manifest[f.name] for f in fields(Progress)})
+        Progress(**{f.name: manifest[f.name] for f in fields(Progress) if f.name in manifest})
         sizes = manifest["files"].items()
         whole = all((checkpoint / name).stat().st_size == size for name, size in sizes)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -147,7 +149,7 @@ def progress_of(run: Path) -> Progress:
     manifest = None if checkpoint is None else read_manifest(checkpoint)
     if manifest is None:
         raise FileNotFoundError(f"{run} holds no checkpoint")
-    return Progress(**{f.name: manifest[f.name] for f in fields(Progress)})
+    return Progress(**{f.name: manifest[f.name] for f in fields(Progress) if f.name in manifest})
 
 
 def load_ema(checkpoint: Path, ema: EMA) -> None:

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import yaml
 
+from fastdiff.data.cache import DEFAULT_FOLDER
+from fastdiff.data.readers import DEFAULT_CACHE_GIB
 from fastdiff.models import MODELS, ASCENDConfig, IUViTConfig, UNetConfig
 from fastdiff.models.backbone import nearest
 
@@ -21,17 +23,28 @@ class DataConfig:
     """Where images and captions come from.
 
     Args:
-        path: Folder with `metadata.jsonl`, or folder of tar shards as img2dataset writes them.
+        path: Folder with `metadata.jsonl`, or folder of tar shards as img2dataset writes them, or
+            an address of such shards (`s3://`, `gs://`, `https://.../{00000..01242}.tar`).
             None: the embedded captioned scenes, made on first use.
+        embeddings: Folder or address of the shards' text features as `fastdiff embed-text` stores
+            them; no text encoder then runs in training.
         workers: Loader processes on each rank; 0 loads in the training process.
         flip: Mirror every other image at random. Off where captions speak of left and right.
-        bad_limit: Largest share of samples that may be unreadable before the run stops.
+        bad_limit: Largest share of samples that may be unreadable before the run stops; and of
+            shards.
+        window: Shards whose samples are mixed with each other; two windows are on disk at a time.
+        cache: Local folder for remote shards, shared by the processes of a machine.
+        cache_gib: Its largest size.
     """
 
     path: str | None = None
+    embeddings: str | None = None
     workers: int = 2
     flip: bool = False
     bad_limit: float = 0.01
+    window: int = 16
+    cache: str = DEFAULT_FOLDER
+    cache_gib: float = DEFAULT_CACHE_GIB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +207,12 @@ class Recipe:
         _at_least(1, "train.threads", train.threads)
         _at_least(0, "train.sample_every", train.sample_every)
         _at_least(0, "data.workers", self.data.workers)
+        _at_least(1, "data.window", self.data.window)
+        if self.data.embeddings is not None and self.text.encoder != "t5":
+            raise ValueError(
+                f"Recipe: data.embeddings={self.data.embeddings!r} with text.encoder='small', "
+                "which is trained and has no stored features; set text.encoder='t5'"
+            )
         _at_least(0, "optim.warmup", self.optim.warmup)
         _at_least(0, "sample.guidance", self.sample.guidance)
         if self.optim.clip is not None and not self.optim.clip > 0:

@@ -57,25 +57,38 @@ class Learner(nn.Module):
     Args:
         recipe: The run's.
         text: The text encoder. A small one becomes part of the learner and is trained; a
-            pretrained one stays outside and frozen.
+            pretrained one stays outside and frozen; None where the features are stored.
     """
 
-    def __init__(self, recipe: Recipe, text: AnyTextEncoder) -> None:
+    def __init__(self, recipe: Recipe, text: AnyTextEncoder | None) -> None:
         super().__init__()
+        # As the authors' code had it, features are padded and seen as a whole.
+        self._padded = recipe.text.max_length if recipe.text.paper_mode else None
         self.process = make_process(recipe)
         kind = next(model for model in MODELS.values() if model.Config is type(recipe.model))
         self.backbone: Backbone = kind(recipe.model)
         self.backbone.set_checkpointing(recipe.train.checkpointing)
         self.text: SmallTextEncoder | None = text if isinstance(text, SmallTextEncoder) else None
-        self._frozen: list[AnyTextEncoder] = [] if self.text is not None else [text]
+        self._frozen = [text] if isinstance(text, T5TextEncoder) else []
 
     @property
     def encoder(self) -> AnyTextEncoder:
         """The text encoder, trained or frozen."""
-        return self.text if self.text is not None else self._frozen[0]
+        if self.text is not None:
+            return self.text
+        if not self._frozen:
+            raise RuntimeError("Learner: no text encoder; it was made for stored text features")
+        return self._frozen[0]
 
     def forward(
-        self, x0: Tensor, noise: Tensor, t: Tensor, ids: Tensor, mask: Tensor, drop: Tensor
+        self,
+        x0: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        mask: Tensor,
+        drop: Tensor,
+        ids: Tensor | None = None,
+        context: Tensor | None = None,
     ) -> Tensor:
         """Losses of a micro-batch.
 
@@ -83,14 +96,20 @@ class Learner(nn.Module):
             x0: (B, 3, H, W) images in [-1, 1].
             noise: (B, 3, H, W) standard normal.
             t: (B,) int64, steps 0..T-1.
-            ids: (B, S) int64 token ids.
             mask: (B, S) bool, True = valid.
             drop: (B,) bool, True = null condition.
+            ids: (B, S) int64 token ids for the text encoder; or
+            context: (B, S, width) its features, where they are stored.
 
         Returns:
             (B,) float32, mean squared error of each image's prediction.
         """
-        context, mask = self.encoder.features(ids, mask)
+        if context is None:
+            assert ids is not None, "either tokens or their features"
+            context, mask = self.encoder.features(ids, mask)
+        elif self._padded is not None:
+            context = nn.functional.pad(context, (0, 0, 0, self._padded - context.shape[1]))
+            mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
         x_t = self.process.q_sample(x0, t, noise)
         mask = mask & ~drop.unsqueeze(1)
         out = self.backbone(x_t, t, context, context_mask=mask)
@@ -127,14 +146,14 @@ class Learner(nn.Module):
         self.eval()
         for start in range(0, len(captions), batch):
             part = slice(start, start + batch)
-            ids, mask = self.encoder.tokenize(list(captions[part]))
-            context, mask = self.encoder.features(ids.to(device), mask.to(device))
+            features = self.encoder.encode(list(captions[part]))
+            context, mask = (tensor.to(device) for tensor in features)
             model: Callable[[Tensor, Tensor], Tensor] = self.backbone
             if guidance != 0:
                 model = classifier_free(self.backbone, guidance, context=context, context_mask=mask)
             x_T = initial_noise(seeds[part], (3, height, width), device)
             pictures.append(sample_ddim(model, x_T, self.process, steps=steps).float().cpu())
             if progress is not None:
-                progress(len(ids))
+                progress(len(context))
         self.train(training)
         return torch.cat(pictures).clamp(-1.0, 1.0)

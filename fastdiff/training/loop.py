@@ -18,9 +18,11 @@ import torch
 from torch import nn
 
 from fastdiff.data.faults import BadSampleLimit
+from fastdiff.data.folder import FolderDataset
 from fastdiff.data.readers import open_dataset
-from fastdiff.data.stream import StreamConfig, make_loader
-from fastdiff.text import SmallTextEncoder
+from fastdiff.data.shards import ShardDataset
+from fastdiff.data.stream import StreamConfig, make_loader, stop_workers
+from fastdiff.text import SmallTextEncoder, T5TextEncoder, t5_label
 from fastdiff.training import engine as engines
 from fastdiff.training.checkpoint import (
     TEXT_FOLDER,
@@ -95,7 +97,7 @@ class Trainer:
             raise ValueError("data.path is not set; give a folder of captioned images or shards")
         micro = engines.micro_batch_size(recipe, world)
         self.micro_batches = recipe.train.batch_size // world // micro
-        self.dataset = open_dataset(recipe.data.path)
+        self.dataset = self._open_data(recipe.data.path)
         self._check_data()
         checkpoint = self._find_checkpoint(world)
 
@@ -111,6 +113,7 @@ class Trainer:
             self.ema = EMA(trained, decay=train.ema_decay, warmup=train.ema_warmup)
         self.engine = engines.make_engine(recipe, learner, device)
         self.step = self.images = 0
+        self.bad_before: dict[str, Any] | None = None
         if checkpoint is not None:
             self._resume(checkpoint)
 
@@ -122,8 +125,14 @@ class Trainer:
             num_steps=recipe.diffusion.steps,
             drop_rate=recipe.train.condition_dropout,
             flip=recipe.data.flip,
+            window=recipe.data.window,
         )
-        self.limit = BadSampleLimit(recipe.data.bad_limit)
+        self.limit = BadSampleLimit(
+            recipe.data.bad_limit,
+            shards=len(getattr(self.dataset, "shards", [])),
+            file=self.run_folder / f"bad_samples-{rank}.jsonl",
+            before=self.bad_before,
+        )
         self.skipped = 0
         self.saved_at = self.step
         self.signal: int | None = None
@@ -146,6 +155,7 @@ class Trainer:
             if self.saved_at != self.step:
                 self._save()
         finally:
+            stop_workers()
             for number, handler in before.items():
                 signal.signal(number, handler)
             if watch is not None:
@@ -198,15 +208,13 @@ class Trainer:
         )
         for batch in loader:
             self.limit.update(batch)
-            ids, mask = self.text.tokenize(batch["caption"])
-            tensors = {
-                "x0": batch["image"],
-                "noise": batch["noise"],
-                "t": batch["t"],
-                "ids": ids,
-                "mask": mask,
-                "drop": batch["drop"],
-            }
+            tensors = {name: batch[name] for name in ("noise", "t", "drop")}
+            tensors["x0"] = batch["image"]
+            if "context" in batch:
+                tensors |= {"context": batch["context"], "mask": batch["mask"]}
+            else:
+                assert self.text is not None, "without stored features there is an encoder"
+                tensors["ids"], tensors["mask"] = self.text.tokenize(batch["caption"])
             yield engines.MicroBatch(
                 seed=(self.recipe.train.seed * 1_000_003 + int(batch["position"][0])) % 2**63,
                 inputs={k: v.to(self.device, non_blocking=True) for k, v in tensors.items()},
@@ -226,16 +234,27 @@ class Trainer:
             )
 
     def _save(self) -> None:
+        bad = self._of_ranks(self.limit.counts.state())
         progress = Progress(
             step=self.step,
             images=self.images,
             seed=self.recipe.train.seed,
             world=self.engine.world,
             data=self.dataset.fingerprint,
+            bad=self.limit.total(bad),
         )
         text = self.text if isinstance(self.text, SmallTextEncoder) else None
         save_checkpoint(self.run_folder, progress, self.recipe, self.engine, self.ema, text)
         self.saved_at = self.step
+        self.limit.check(bad)
+
+    def _of_ranks(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank. Collective."""
+        if not engines.under_launcher():
+            return [value]
+        values: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(values, value)
+        return values
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.signal is not None and number == signal.SIGINT:
@@ -301,6 +320,7 @@ class Trainer:
         manifest = read_manifest(checkpoint)
         assert manifest is not None, "it was whole when it was chosen"
         self.step, self.images = int(manifest["step"]), int(manifest["images"])
+        self.bad_before = manifest.get("bad") or None
         if self.rank == 0 and manifest["data"] != self.dataset.fingerprint:
             log.warning(
                 "%s was trained on other data than %s holds now; the run goes on with these",
@@ -314,6 +334,25 @@ class Trainer:
         if self.rank == 0:
             log.info("continuing from step %d (%s)", self.step, checkpoint)
 
+    def _open_data(self, path: str) -> FolderDataset | ShardDataset:
+        data, text = self.recipe.data, self.recipe.text
+        dataset = open_dataset(
+            path,
+            embeddings=data.embeddings,
+            encoder=t5_label(text.name, text.revision, text.dtype, text.max_length),
+            cache=data.cache,
+            cache_gib=data.cache_gib,
+        )
+        width = self.recipe.model.context_dim
+        if data.embeddings is not None and isinstance(dataset, ShardDataset):
+            assert dataset.embeddings is not None, "they were opened with it"
+            if dataset.embeddings.width != width:
+                raise ValueError(
+                    f"{data.embeddings} holds text features of width {dataset.embeddings.width}, "
+                    f"the model takes model.context_dim={width}"
+                )
+        return dataset
+
     def _check_data(self) -> None:
         """Refuse data of which too many shards are unreadable, or that ranks see differently."""
         bad = getattr(self.dataset, "bad_shards", [])
@@ -325,17 +364,20 @@ class Trainer:
                 f"limit of {self.recipe.data.bad_limit:.2%}; first: {worst.path}: {worst.reason}; "
                 "repair or move them, or raise data.bad-limit"
             )
-        if engines.under_launcher():
-            seen: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(seen, self.dataset.fingerprint)
-            if len(set(seen)) > 1:
-                raise ValueError(
-                    f"{self.recipe.data.path} differs between the ranks (fingerprints {seen}); "
-                    "give every node the same files"
-                )
+        seen = self._of_ranks(self.dataset.fingerprint)
+        if len(set(seen)) > 1:
+            raise ValueError(
+                f"{self.recipe.data.path} differs between the ranks (fingerprints {seen}); "
+                "give every node the same files"
+            )
 
-    def _make_text(self, checkpoint: Path | None) -> AnyTextEncoder:
-        """The text encoder; a small one's vocabulary comes with the checkpoint, or is made now."""
+    def _make_text(self, checkpoint: Path | None) -> AnyTextEncoder | None:
+        """The text encoder; a small one's vocabulary comes with the checkpoint, or is made now.
+
+        None with stored features, which need none until a grid is drawn.
+        """
+        if self.recipe.data.embeddings is not None:
+            return None
         if self.recipe.text.encoder == "t5":
             return make_t5(self.recipe, self.device)
         if checkpoint is not None:
@@ -364,6 +406,7 @@ class Trainer:
         if not sample.prompts:
             return
         try:
+            self._need_text()
             pictures = self._averaged().draw(
                 sample.prompts,
                 range(len(sample.prompts)),
@@ -373,6 +416,19 @@ class Trainer:
             watch.log_pictures(self.step, pictures)
         except (RuntimeError, OSError) as error:
             log.warning("step %d: no sample grid: %s", self.step, error)
+
+    def _need_text(self) -> None:
+        """With stored features only the prompts need an encoder: it must be the one of those."""
+        if self.text is None:
+            self.text = make_t5(self.recipe, torch.device("cpu"))
+        stored = getattr(self.dataset, "embeddings", None)
+        if stored is not None and isinstance(self.text, T5TextEncoder):
+            there, here = stored.header.get("weights"), self.text.weights
+            if there != here:
+                raise RuntimeError(
+                    f"text.name={self.recipe.text.name!r} has weights {here} on this machine; the "
+                    f"stored text features are of {there}"
+                )
 
     def _export(self) -> None:
         learner = self._averaged()

@@ -6,12 +6,12 @@ import io
 import logging
 import math
 import multiprocessing
-import os
 import re
 import signal
 import subprocess
 import sys
 import tarfile
+import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -35,7 +35,13 @@ from fastdiff.data import (
     scenes,
 )
 from fastdiff.data.order import SampleOrder, permutation
-from fastdiff.data.stream import PositionSampler, draw_noise, draw_scalars, probe_offsets
+from fastdiff.data.stream import (
+    PositionSampler,
+    draw_noise,
+    draw_scalars,
+    probe_offsets,
+    stop_workers,
+)
 
 CONFIG = StreamConfig(seed=5, image_size=8, global_batch=16, drop_rate=0.3, flip=True)
 
@@ -236,14 +242,29 @@ def test_loading_leaves_torchs_random_state_alone(shards: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_workers_outlive_an_interrupt(shards: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1, signal.SIGTERM])
+def test_workers_outlive_what_a_launcher_sends(shards: Path, number: int) -> None:
     loader = make_loader(open_dataset(shards), CONFIG, num_workers=2)
     batches = iter(loader)
     next(batches)
-    for child in multiprocessing.active_children():
-        assert child.pid is not None
-        os.kill(child.pid, signal.SIGINT)
+    workers = [child.pid for child in multiprocessing.active_children()]
+    # From another process than the one that reads.
+    subprocess.run(["kill", f"-{number}", *map(str, workers)], check=True)
     assert [int(b["position"][0]) for b in islice(batches, 8)] == list(range(16, 144, 16))
+
+
+def test_workers_end_when_the_reader_says_so(shards: Path) -> None:
+    loader = make_loader(open_dataset(shards), CONFIG, num_workers=2)
+    batches = iter(loader)
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    started = time.monotonic()
+    stop_workers()
+    for worker in workers:
+        worker.join(timeout=20)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert time.monotonic() - started < 4
 
 
 def test_a_bad_sample_is_replaced_by_the_next_in_the_data_set() -> None:

@@ -1,0 +1,187 @@
+"""Training from shards with stored text features, and its count of bad samples."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_recipe
+
+from fastdiff.data import BadSampleError, open_dataset, scenes
+from fastdiff.data.embed import embed_shards
+from fastdiff.data.embeddings import WrongEncoder
+from fastdiff.data.shards import ShardDataset
+from fastdiff.text import T5TextEncoder
+from fastdiff.training.checkpoint import latest_checkpoint, progress_of
+from fastdiff.training.config import Recipe, TextConfig
+from fastdiff.training.loop import make_trainer, train
+
+
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random ByT5 of the tiny backbone's width."""
+    from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+
+    folder = tmp_path_factory.mktemp("t5") / "byt5"
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=384, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=3)
+    T5EncoderModel(config).save_pretrained(folder)
+    ByT5Tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, t5_folder: Path) -> Recipe:
+    """A run on four shards with the text encoder in the loop."""
+    shards = scenes.write_shards(tmp_path / "shards", n=96, resolution=16, seed=0, shard_size=24)
+    base = tiny_recipe(tmp_path, max_steps=4, checkpoint_every=2)
+    return replace(
+        base,
+        data=replace(base.data, path=str(shards)),
+        text=TextConfig(encoder="t5", name=str(t5_folder), max_length=100),
+    )
+
+
+def stored(recipe: Recipe, tmp_path: Path, **text: Any) -> Recipe:
+    """The same run from stored features."""
+    assert recipe.data.path is not None
+    dataset = open_dataset(recipe.data.path)
+    assert isinstance(dataset, ShardDataset)
+    encoder = T5TextEncoder(recipe.text.name, max_length=recipe.text.max_length)
+    embed_shards(dataset, encoder, tmp_path / "text")
+    return replace(
+        recipe,
+        data=replace(recipe.data, embeddings=str(tmp_path / "text")),
+        text=replace(recipe.text, **text),
+        train=replace(recipe.train, out=str(tmp_path / "stored")),
+    )
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("paper", [False, True])
+def test_stored_features_train_as_the_encoder_itself(
+    recipe: Recipe, tmp_path: Path, paper: bool
+) -> None:
+    recipe = replace(recipe, text=replace(recipe.text, paper_mode=paper))
+    online = losses(train(recipe))
+    from_store = stored(recipe, tmp_path)
+    assert losses(train(from_store)) == pytest.approx(online, rel=2e-3)
+    # Without the encoder in the process.
+    assert make_trainer(from_store).text is None
+
+
+def test_a_grid_is_drawn_by_the_encoder_of_the_features(
+    recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = stored(recipe, tmp_path)
+    recipe = replace(recipe, train=replace(recipe.train, sample_every=4))
+    run = train(recipe)
+    assert (run / "samples" / "step-00000004.png").is_file()
+    text = next((tmp_path / "text").glob("*.safetensors"))
+    weights = T5TextEncoder(recipe.text.name).weights.encode()
+    for file in text.parent.glob("*.safetensors"):
+        data = file.read_bytes()
+        assert weights in data
+        file.write_bytes(data.replace(weights, b"0" * len(weights)))
+    other = replace(recipe, train=replace(recipe.train, out=str(tmp_path / "other")))
+    run = train(other)
+    assert not list((run / "samples").iterdir())
+    assert "the stored text features are of 0000" in caplog.text
+
+
+def test_features_of_another_encoder_or_width_are_refused(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(WrongEncoder, match=r"of t5:byt5@main:bfloat16:100; this run has .*:99"):
+        train(stored(recipe, tmp_path, max_length=99))
+    wide = stored(recipe, tmp_path)
+    wide = replace(wide, model=replace(wide.model, context_dim=48))
+    with pytest.raises(ValueError, match=r"width 32, the model takes model\.context_dim=48"):
+        train(wide)
+    with pytest.raises(ValueError, match="is trained and has no stored features"):
+        replace(wide, text=TextConfig(encoder="small", width=48))
+
+
+def rot(recipe: Recipe, numbers: range) -> None:
+    """Spoil the pictures of some samples."""
+    assert recipe.data.path is not None
+    dataset = open_dataset(recipe.data.path)
+    assert isinstance(dataset, ShardDataset)
+    for i in numbers:
+        shard, place = divmod(i, 24)
+        path = Path(dataset.shards[shard].url)
+        offset = int(dataset.captions(shard)[0].rows[place]["image_offset"])
+        data = bytearray(path.read_bytes())
+        data[offset : offset + 8] = b"rotten!!"
+        path.write_bytes(data)
+
+
+def test_bad_samples_are_counted_over_a_resume(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, max_steps=6, checkpoint_every=6)
+    shards = scenes.write_shards(tmp_path / "shards", n=96, resolution=16, seed=0, shard_size=24)
+    recipe = replace(recipe, data=replace(recipe.data, path=str(shards)))
+    rot(recipe, range(0, 96, 8))
+    train(recipe)
+    run = Path(recipe.train.out)
+    first = progress_of(run).bad
+    assert first["seen"] == 48
+    assert 0 < first["bad"] <= 12
+    train(replace(recipe, train=replace(recipe.train, max_steps=12)))
+    whole = progress_of(run).bad
+    assert (whole["seen"], whole["bad"]) == (96, 12)
+    assert sum(whole["by_shard"].values()) == 12
+    told = [json.loads(line) for line in (run / "bad_samples-0.jsonl").read_text().splitlines()]
+    assert len({record["key"] for record in told}) == 12
+    assert all("not JPEG, PNG or WebP" in record["reason"] for record in told)
+
+
+def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, max_steps=12)
+    shards = scenes.write_shards(tmp_path / "shards", n=96, resolution=16, seed=0, shard_size=24)
+    recipe = replace(recipe, data=replace(recipe.data, path=str(shards)))
+    rot(recipe, range(0, 96, 3))
+    with pytest.raises(BadSampleError, match=r"1[789] of \d+ samples seen are bad.*worst shard"):
+        train(recipe)
+
+
+def test_a_dead_worker_ends_the_run_with_the_reason(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    command = [
+        *(sys.executable, "train/t2i.py", "--config", "demo", "--data.path", recipe.data.path),
+        *("--train.out", str(tmp_path / "run"), "--train.max-steps", "100000"),
+        *("--train.batch-size", "4", "--train.threads", "1", "--train.sample-every", "0"),
+        *("--train.checkpoint-every", "100000", "--train.log-every", "1", "--data.workers", "8"),
+    ]
+    root = Path(__file__).resolve().parents[2]
+    job = subprocess.Popen(
+        command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        deadline = time.monotonic() + 60
+        while not metrics.is_file() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        children = f"/proc/{job.pid}/task/{job.pid}/children"
+        workers = [int(pid) for pid in Path(children).read_text().split()]
+        assert len(workers) >= 8
+        killed = time.monotonic()
+        os.kill(workers[-1], signal.SIGKILL)
+        _, told = job.communicate(timeout=60)
+        assert time.monotonic() - killed < 30
+    finally:
+        job.kill()
+        job.wait()
+    assert job.returncode not in (0, -signal.SIGKILL)
+    assert "DataLoader worker" in told
+    assert "killed by signal" in told
+    assert latest_checkpoint(tmp_path / "run") is None
