@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from fastdiff.data.samples import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, BadSample, decode_image
-from fastdiff.data.shards import load_index
+from fastdiff.data.shard_index import load_index
 from fastdiff.data.transforms import SquareTransform
 
 EXPECTED = (

@@ -187,12 +187,17 @@ def measure(
 
     Raises:
         BadSample: a picture that cannot be read, on all ranks; the error names it.
-        ValueError: pictures of differing sizes, features that are not finite, or fewer than two
-            pictures.
+        ValueError: pictures of differing sizes, features that are not finite, fewer than two
+            pictures, or a number out of range.
 
     Warns:
         UserWarning: no more pictures than features, so that the covariance is singular.
     """
+    if batch_size < 1 or workers < 0 or keep_features < 0:
+        raise ValueError(
+            f"measure: batch_size={batch_size}, workers={workers}, keep_features={keep_features}; "
+            "expected at least 1, 0 and 0"
+        )
     n = len(pictures)
     kept = min(keep_features, n)
     rows = {index * n // kept for index in range(kept)}

@@ -78,6 +78,14 @@ def test_frechet_in_closed_form() -> None:
     assert frechet_distance(mean_b, b, mean_a, a) == pytest.approx(31, rel=1e-12)
 
 
+def test_frechet_takes_covariances_that_were_stored_in_float32() -> None:
+    a, b = two_sets(256)
+    (mean_a, cov_a), (mean_b, cov_b) = moments(a), moments(b)
+    assert float(torch.linalg.eigvalsh(cov_a.float())[0]) < 0
+    got = frechet_distance(mean_a, cov_a.float(), mean_b, cov_b.float())
+    assert got == pytest.approx(from_pictures(a, b), rel=1e-3)
+
+
 def test_frechet_errors() -> None:
     mean, eye = torch.zeros(3), torch.eye(3)
     with pytest.raises(ValueError, match="shapes"):

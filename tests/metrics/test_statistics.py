@@ -167,6 +167,12 @@ def test_features_that_are_not_finite_are_refused(data: Path) -> None:
         measure(open_pictures(data), from_module(Broken()))
 
 
+@pytest.mark.parametrize("option", [{"batch_size": 0}, {"workers": -1}, {"keep_features": -1}])
+def test_numbers_out_of_range_are_refused(data: Path, option: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="=".join(map(str, next(iter(option.items()))))):
+        measure(open_pictures(data), from_module(Network()), **option)
+
+
 def test_a_file_gives_back_what_was_saved(data: Path, tmp_path: Path) -> None:
     pictures = open_pictures(data, named_transform("square8"))
     statistics = measure(pictures, from_module(Network()), keep_features=5)
