@@ -340,7 +340,7 @@ struct Call {
 void forward(const Tensor& z, const Tensor& weight, const Tensor& bias, int64_t rows,
              int64_t columns, int64_t prefix, const Tensor& y) {
   Call c(z, weight, bias, rows, columns, prefix);
-  c.all.y = data(op, "y", y, c.dtype, c.numel());
+  c.all.y = fresh(data(op, "y", y, c.dtype, c.numel()), c.numel() * c.bytes);
   const auto kernel = FASTDIFF_PICK(dwconv_gelu_tile);
   c.each_piece([&](int64_t, int64_t, const DwconvTile& t) { kernel(t); });
 }
@@ -351,8 +351,8 @@ void backward(const Tensor& dy, const Tensor& z, const Tensor& weight, const Ten
   Call c(z, weight, bias, rows, columns, prefix);
   const int64_t C = c.channels;
   c.all.dy = data(op, "dy", dy, c.dtype, c.numel());
-  c.all.y = data(op, "y", y, c.dtype, c.numel());
-  c.all.dz = data(op, "dz", dz, c.dtype, c.numel());
+  c.all.y = fresh(data(op, "y", y, c.dtype, c.numel()), c.numel() * c.bytes);
+  c.all.dz = fresh(data(op, "dz", dz, c.dtype, c.numel()), c.numel() * c.bytes);
   float* dweight_ = floats(op, "dweight", dweight, 9 * C);
   float* dbias_ = floats(op, "dbias", dbias, C);
   const auto kernel = FASTDIFF_PICK(dwconv_gelu_tile_backward);

@@ -373,6 +373,10 @@ struct Call {
     return t ? dense(op, name, *t, dtype, channels_last, batch * pixels * channels) : nullptr;
   }
 
+  void* result(const char* name, const MaybeTensor& t, int64_t channels) const {
+    return fresh(image(name, t, channels), batch * pixels * channels * bytes);
+  }
+
   double gain(int64_t image, int64_t c) const {
     return scale ? 1. + scale[image * channels + c] : 1.;
   }
@@ -485,7 +489,7 @@ void forward(const Tensor& x, const MaybeTensor& skip, const Tensor& weight, con
              const MaybeTensor& scale, const MaybeTensor& shift, int64_t groups, double eps,
              bool silu, bool channels_last, const Tensor& y, const Tensor& statistics) {
   const Call c = describe(x, skip, weight, bias, scale, shift, groups, channels_last);
-  void* y_ = c.image("y", y, c.channels);
+  void* y_ = c.result("y", y, c.channels);
   auto* groups_ =
       reinterpret_cast<Statistics*>(floats(op, "statistics", statistics, c.batch * groups * 4));
   if (c.batch * c.pixels == 0) return;
@@ -571,7 +575,7 @@ void backward(const Tensor& dy, const Tensor& x, const MaybeTensor& skip, const 
   const Call c = describe(x, skip, weight, bias, scale, shift, groups, channels_last);
   const int64_t D = c.width(), C = c.channels;
   const void* dy_ = c.image("dy", dy, C);
-  void* to[2] = {c.image("dx", dx, c.part[0]), c.image("dskip", dskip, c.part[1])};
+  void* to[2] = {c.result("dx", dx, c.part[0]), c.result("dskip", dskip, c.part[1])};
   const auto* groups_ = reinterpret_cast<const Statistics*>(
       floats(op, "statistics", statistics, c.batch * groups * 4));
   float* dweight_ = floats(op, "dweight", dweight, C);

@@ -214,8 +214,8 @@ void forward(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias
   all.eps = static_cast<float>(eps);
   const void* x_ = data(op, "x", x, s.dtype, s.numel());
   const void* residual_ = data(op, "residual", residual, s.dtype, s.numel());
-  void* y_ = data(op, "y", y, s.dtype, s.numel());
-  void* r_ = data(op, "r", r, s.dtype, s.numel());
+  void* y_ = fresh(data(op, "y", y, s.dtype, s.numel()), s.numel() * bytes);
+  void* r_ = fresh(data(op, "r", r, s.dtype, s.numel()), s.numel() * bytes);
   all.weight = floats(op, "weight", weight, C);
   all.bias = floats(op, "bias", bias, C);
   const float* gate_ = floats(op, "gate", gate, images);
@@ -256,8 +256,8 @@ void backward(const MaybeTensor& dy, const MaybeTensor& dr, const Tensor& r, con
   const void* dr_ = data(op, "dr", dr, s.dtype, s.numel());
   const void* r_ = data(op, "r", r, s.dtype, s.numel());
   const void* x_ = dgate ? data(op, "x", x, s.dtype, s.numel()) : nullptr;
-  void* dx_ = data(op, "dx", dx, s.dtype, s.numel());
-  void* dresidual_ = data(op, "dresidual", dresidual, s.dtype, s.numel());
+  void* dx_ = fresh(data(op, "dx", dx, s.dtype, s.numel()), s.numel() * bytes);
+  void* dresidual_ = fresh(data(op, "dresidual", dresidual, s.dtype, s.numel()), s.numel() * bytes);
   all.weight = floats(op, "weight", weight, C);
   const float* bias_ = floats(op, "bias", bias, C);
   const float* scale_ = floats(op, "scale", scale, images);

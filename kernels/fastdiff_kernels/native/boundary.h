@@ -8,6 +8,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <initializer_list>
 #include <optional>
 
@@ -58,6 +62,20 @@ using MaybeTensor = std::optional<Tensor>;
     stride *= t.size(axis);
   }
   return t.data_ptr();
+}
+
+// A tensor to be filled: `p`, its data. From 32 MiB on malloc maps new memory for every tensor, and
+// the first touch of its pages takes longer than the kernel: asks for huge ones.
+[[maybe_unused]] void* fresh(void* p, int64_t bytes) {
+#if defined(__linux__)
+  constexpr int64_t page = 4096;
+  if (p && bytes >= int64_t{32} << 20) {
+    const auto begin = (reinterpret_cast<uintptr_t>(p) + page - 1) / page * page;
+    const auto end = (reinterpret_cast<uintptr_t>(p) + bytes) / page * page;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // no harm where refused
+  }
+#endif
+  return p;
 }
 
 [[maybe_unused]] float* floats(const char* op, const char* name, const MaybeTensor& t,

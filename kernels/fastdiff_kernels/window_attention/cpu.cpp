@@ -489,7 +489,8 @@ void forward(const Tensor& qkv, const MaybeTensor& bias_table, const MaybeTensor
              int64_t heads, int64_t h, int64_t w, int64_t shift_h, int64_t shift_w, double scale,
              bool pad_is_value, const Tensor& out) {
   const Call c(qkv, bias_table, pad_qkv, heads, h, w, shift_h, shift_w, scale, pad_is_value);
-  char* to = static_cast<char*>(data(op, "out", out, c.dtype, c.batch * c.H * c.W * c.C));
+  const int64_t elements = c.batch * c.H * c.W * c.C;
+  char* to = static_cast<char*>(fresh(data(op, "out", out, c.dtype, elements), elements * c.bytes));
   const auto kernel = FASTDIFF_PICK(window_attention_tile);
   c.each_tile([&](int64_t head, int64_t, WindowTile& t) {
     t.out = to + head * c.width * c.bytes;
@@ -504,7 +505,9 @@ void backward(const Tensor& dout, const Tensor& qkv, const MaybeTensor& bias_tab
   const Call c(qkv, bias_table, pad_qkv, heads, h, w, shift_h, shift_w, scale, pad_is_value);
   const char* from =
       static_cast<const char*>(data(op, "dout", dout, c.dtype, c.batch * c.H * c.W * c.C));
-  char* to = static_cast<char*>(data(op, "dqkv", dqkv, c.dtype, c.batch * c.H * c.W * 3 * c.C));
+  const int64_t elements = c.batch * c.H * c.W * 3 * c.C;
+  char* to =
+      static_cast<char*>(fresh(data(op, "dqkv", dqkv, c.dtype, elements), elements * c.bytes));
   const int64_t relatives = (2 * h - 1) * (2 * w - 1), square = c.tokens * c.row();
   float* dtable_ = floats(op, "dtable", dtable, relatives * heads);
   float* dpad_ = floats(op, "dpad", dpad, 3 * c.C);
