@@ -16,7 +16,8 @@ import platform
 import secrets
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -206,22 +207,24 @@ def measure(
     own = _own_features(
         pictures, extractor.to(device), logits, batch_size, workers, torch.device(device)
     )
-    for number, batch in enumerate(in_order(-(-n // batch_size), own)):
-        start = number * batch_size
-        if size is not None and batch.size != size:
-            raise ValueError(_differing(pictures, start, batch.size, size))
-        size = batch.size
-        if not bool(batch.features.isfinite().all()):
-            raise ValueError(
-                f"measure: {extractor.name} gives NaN or infinity near {pictures.key(start)}"
-            )
-        moments.add(batch.features)
-        chosen = [i for i in range(len(batch.features)) if start + i in rows]
-        features.append(batch.features[chosen])
-        if batch.logits is not None:
-            scores.append(batch.logits)
-        if progress is not None:
-            progress(len(batch.features))
+    # Closed at once, so that an error leaves no reading process behind.
+    with closing(own):
+        for number, batch in enumerate(in_order(-(-n // batch_size), own)):
+            start = number * batch_size
+            if size is not None and batch.size != size:
+                raise ValueError(_differing(pictures, start, batch.size, size))
+            size = batch.size
+            if not bool(batch.features.isfinite().all()):
+                raise ValueError(
+                    f"measure: {extractor.name} gives NaN or infinity near {pictures.key(start)}"
+                )
+            moments.add(batch.features)
+            chosen = [i for i in range(len(batch.features)) if start + i in rows]
+            features.append(batch.features[chosen])
+            if batch.logits is not None:
+                scores.append(batch.logits)
+            if progress is not None:
+                progress(len(batch.features))
     mean, covariance = moments.result()
     warn_if_few(str(pictures.path), n, len(mean))
     transform = pictures.transform
@@ -297,7 +300,7 @@ def _own_features(
     batch_size: int,
     workers: int,
     device: torch.device,
-) -> Iterator[_Batch | Exception]:
+) -> Generator[_Batch | Exception]:
     """This rank's batches."""
     mine = own_batches(-(-len(pictures) // batch_size))
     loader = DataLoader(
