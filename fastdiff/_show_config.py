@@ -32,6 +32,7 @@ def example_calls(device: torch.device) -> dict[str, tuple[Callable[..., Any], t
         return torch.empty(shape, device=device)
 
     conv = (new(32, 1, 3, 3), new(32))
+    seeds = torch.empty(2, dtype=torch.int64, device=device)
     return {
         "window_attention": (
             ops.window_attention,
@@ -50,6 +51,7 @@ def example_calls(device: torch.device) -> dict[str, tuple[Callable[..., Any], t
             {"num_groups": 8},
         ),
         "layer_norm_modulate": (ops.layer_norm_modulate, (new(1, 16, 32), new(32), new(32)), {}),
+        "philox_normal": (ops.philox_normal, (seeds, 0, (3, 8, 8)), {}),
     }
 
 

@@ -2,7 +2,8 @@
 
 Ops: `window_attention`, `dwconv_gelu`, `dwconv_ffn`, `group_norm_silu`, `layer_norm_modulate`.
 Each is a plain function of tensors with a backward, works under `torch.compile` and autocast, and
-says in its docstring what it computes.
+says in its docstring what it computes. `philox_normal` and `philox_bits` make random numbers from
+seeds, and have no backward.
 
 `backend(name)`, as a `with` or as a call, chooses "reference", "native" (CPU), "triton" (GPU) or
 "auto", the default; the environment variable FASTDIFF_BACKEND does so for a whole run.
@@ -20,6 +21,8 @@ from fastdiff_kernels import (
     explain,
     group_norm_silu,
     layer_norm_modulate,
+    philox_bits,
+    philox_normal,
     window_attention,
 )
 
@@ -31,5 +34,7 @@ __all__ = [
     "explain",
     "group_norm_silu",
     "layer_norm_modulate",
+    "philox_bits",
+    "philox_normal",
     "window_attention",
 ]
