@@ -189,4 +189,5 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    # PIL's conversion copies a picture that is RGB already.
+    return image if image.mode == "RGB" else image.convert("RGB")
