@@ -216,7 +216,7 @@ def _clip_score(arguments: argparse.Namespace) -> dict[str, Any]:
     from fastdiff.clip import CLIP
     from fastdiff.data import open_dataset
     from fastdiff.metrics import caption_agreement
-    from fastdiff.metrics.evaluation import SETTINGS, sample_settings
+    from fastdiff.metrics.evaluation import sample_settings
     from fastdiff.metrics.statistics import software
 
     clip = CLIP(arguments.clip, device=_device(arguments))
@@ -225,13 +225,12 @@ def _clip_score(arguments: argparse.Namespace) -> dict[str, Any]:
         spread = caption_agreement(
             dataset, clip.score, batch_size=arguments.batch_size, progress=progress
         )
-    settings = sample_settings(Path(arguments.samples))
     return {
         "clip_score": spread.mean,
         "clip_score_std": spread.std,
         "clip": clip.name,
         "count": len(dataset),
-        "samples": arguments.samples,
+        "samples": {"path": arguments.samples},
+        **sample_settings(Path(arguments.samples)),
         "evaluator": {"software": software()},
-        **{name: settings.get(name) for name in SETTINGS},
     }

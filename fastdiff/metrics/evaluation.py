@@ -29,7 +29,8 @@ from fastdiff.metrics.statistics import Statistics, measure, software, warn_if_f
 SCORES = ("fid", "kid", "precision_recall", "inception_score")
 #: What is taken over from the `settings.json` that sampling leaves beside its pictures.
 SETTINGS = ("sampler", "steps", "guidance", "seeds", "model")
-_SUBSET_SIZE = 1000
+# As the sources of the scores have them.
+_SUBSETS, _SUBSET_SIZE, _NEIGHBOURS, _SPLITS = 100, 1000, 3, 10
 
 
 def evaluate(
@@ -73,9 +74,7 @@ def evaluate(
     if reference is None and set(scores) != {"inception_score"}:
         raise ValueError("evaluate: no statistics; only the Inception score does without them")
     if reference is not None:
-        check_comparable(reference, extractor)
-        if reference.count:
-            warn_if_few(str(statistics), reference.count, len(reference.mean))
+        check_comparable(reference, extractor, samples)
         if by_features and reference.features is None:
             raise ValueError(
                 "evaluate: the statistics hold no features, which KID, precision and recall need; "
@@ -89,39 +88,12 @@ def evaluate(
         logits="inception_score" in scores,
         **reading,
     )
-    result: dict[str, Any] = {}
-    evaluator: dict[str, Any] = {"extractor": own.about["extractor"], "software": software()}
-    if reference is not None:
-        check_same_pictures(own, reference)
-        if "fid" in scores:
-            result["fid"] = frechet_distance(
-                own.mean, own.covariance, reference.mean, reference.covariance
-            )
-    if stored is not None and own.features is not None:
-        if "kid" in scores:
-            size = min(_SUBSET_SIZE, len(stored), len(own.features))
-            spread = kernel_distance(stored, own.features, subset_size=size, seed=seed)
-            result |= {"kid": spread.mean, "kid_std": spread.std}
-            evaluator["kid"] = {"subsets": 100, "subset_size": size, "seed": seed}
-        if "precision_recall" in scores:
-            result |= precision_recall(stored, own.features)._asdict()
-            evaluator["precision_recall"] = {
-                "neighbours": 3,
-                "real": len(stored),
-                "generated": len(own.features),
-            }
-    if own.logits is not None:
-        splits = min(10, own.count)
-        spread = inception_score(own.logits, splits=splits, seed=seed)
-        result |= {"inception_score": spread.mean, "inception_score_std": spread.std}
-        evaluator["inception_score"] = {"splits": splits, "seed": seed}
+    numbers, settings = _compare(own, reference, scores, seed)
     about = {} if reference is None else reference.about
-    settings = sample_settings(samples.path)
     return {
-        **result,
+        **numbers,
         "count": own.count,
         "size": own.about["size"],
-        "samples": str(samples.path),
         "statistics": None
         if reference is None or statistics is None
         else {
@@ -132,27 +104,66 @@ def evaluate(
         },
         "crop": about.get("crop"),
         "resize": about.get("resize"),
-        "evaluator": evaluator,
-        **{name: settings.get(name) for name in SETTINGS},
+        "samples": {"path": str(samples.path), **{k: own.about[k] for k in ("crop", "resize")}},
+        **sample_settings(samples.path),
+        "evaluator": {"extractor": own.about["extractor"], **settings, "software": software()},
     }
 
 
-def check_comparable(reference: Statistics, extractor: Extractor) -> None:
-    """Refuse statistics of another extractor; warn where they do not name theirs.
+def _compare(
+    own: Statistics, reference: Statistics | None, scores: Collection[str], seed: int
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """The numbers, and the settings of the scores that have some."""
+    numbers: dict[str, float] = {}
+    settings: dict[str, Any] = {}
+    if reference is not None and "fid" in scores:
+        moments = own.mean, own.covariance, reference.mean, reference.covariance
+        numbers["fid"] = frechet_distance(*moments)
+    if reference is not None and own.features is not None and reference.features is not None:
+        real, generated = reference.features, own.features
+        if "kid" in scores:
+            size = min(_SUBSET_SIZE, len(real), len(generated))
+            kid = kernel_distance(real, generated, subsets=_SUBSETS, subset_size=size, seed=seed)
+            numbers |= {"kid": kid.mean, "kid_std": kid.std}
+            settings["kid"] = {"subsets": _SUBSETS, "subset_size": size, "seed": seed}
+        if "precision_recall" in scores:
+            numbers |= precision_recall(real, generated, neighbours=_NEIGHBOURS)._asdict()
+            sides = {"real": len(real), "generated": len(generated)}
+            settings["precision_recall"] = {"neighbours": _NEIGHBOURS, **sides}
+    if own.logits is not None:
+        splits = min(_SPLITS, own.count)
+        inception = inception_score(own.logits, splits=splits, seed=seed)
+        numbers |= {"inception_score": inception.mean, "inception_score_std": inception.std}
+        settings["inception_score"] = {"splits": splits, "seed": seed}
+    return numbers, settings
+
+
+def check_comparable(reference: Statistics, extractor: Extractor, samples: Pictures) -> None:
+    """Refuse statistics of another extractor or size, before hours are spent on the samples.
 
     Raises:
-        ValueError: another file, value range or size; with both values.
+        ValueError: another extractor, value range, input size or number of features, or pictures
+            of another size; with both values.
 
     Warns:
-        UserWarning: a file of another tool, which says nothing of what made it.
+        UserWarning: no more pictures than features, or statistics that do not say what made them.
     """
+    first = samples[0]
+    features = extractor(torch.from_numpy(first[None]).permute(0, 3, 1, 2)).features.shape[1]
+    if features != len(reference.mean):
+        raise ValueError(
+            f"evaluate: {extractor.name} gives {features} features, the statistics have "
+            f"{len(reference.mean)}; expected those of the same extractor"
+        )
+    if reference.count:
+        warn_if_few("the statistics", reference.count, features)
     theirs = reference.about.get("extractor")
     if theirs is None:
         warnings.warn(
             "evaluate: the statistics do not say which extractor, crop and size made them; the "
             "numbers hold only if these were the same",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
         return
     differing = [
@@ -165,43 +176,30 @@ def check_comparable(reference: Statistics, extractor: Extractor) -> None:
             f"evaluate: extractor {extractor.name} has {'; '.join(differing)} "
             f"({theirs.get('name')}); expected the same extractor"
         )
-
-
-def check_same_pictures(samples: Statistics, reference: Statistics) -> None:
-    """Refuse statistics of pictures of another size, or of another number of features.
-
-    Raises:
-        ValueError: with both values.
-    """
-    if samples.mean.shape != reference.mean.shape:
+    height, width = reference.about["size"]
+    if first.shape[:2] != (height, width):
         raise ValueError(
-            f"evaluate: samples have {len(samples.mean)} features, the statistics "
-            f"{len(reference.mean)}; expected those of the same extractor"
-        )
-    size = reference.about.get("size")
-    if size is not None and size != samples.about["size"]:
-        (h, w), (height, width) = samples.about["size"], size
-        raise ValueError(
-            f"evaluate: samples have {w}x{h} pixels, the statistics are of {width}x{height}"
+            f"evaluate: samples have {first.shape[1]}x{first.shape[0]} pixels, the statistics are "
+            f"of {width}x{height}"
         )
 
 
 def sample_settings(samples: Path) -> dict[str, Any]:
-    """The `settings.json` in the samples' folder, or {} where there is none.
+    """What SETTINGS names of the `settings.json` in the samples' folder; None where absent.
 
     Raises:
         ValueError: a file that is not a JSON object.
     """
     path = (samples if samples.is_dir() else samples.parent) / "settings.json"
-    if not path.is_file():
-        return {}
+    settings: Any = {}
     try:
-        settings = json.loads(path.read_text("utf-8"))
+        if path.is_file():
+            settings = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"evaluate: {path} is not JSON: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"evaluate: {path} is {type(settings).__name__}; expected an object")
-    return settings
+    return {name: settings.get(name) for name in SETTINGS}
 
 
 def caption_agreement(

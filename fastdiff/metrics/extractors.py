@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,7 +74,7 @@ class Extractor:
         """Features of pictures.
 
         Args:
-            pixels: (B, 3, H, W) uint8, on the module's device.
+            pixels: (B, 3, H, W) uint8; moved to the module's device.
             logits: also the classifier's output.
 
         Raises:
@@ -83,7 +84,8 @@ class Extractor:
             TorchScript module, which torch would otherwise rewrite after the first ones.
         """
         low, high = self.value_range
-        x = pixels.float()
+        state = next(chain(self.module.parameters(), self.module.buffers()), pixels)
+        x = pixels.to(state.device, non_blocking=True).float().contiguous()
         if self.image_size is not None:
             x = F.interpolate(x, (self.image_size,) * 2, mode="bilinear", antialias=True)
         if self.value_range != (0.0, 255.0):

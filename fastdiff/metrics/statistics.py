@@ -316,7 +316,7 @@ def _own_features(
         if isinstance(pixels, Exception):
             yield pixels
             continue
-        x = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).contiguous()
+        x = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
         try:
             features, scores = extractor(x, logits=logits)
         except ValueError as error:

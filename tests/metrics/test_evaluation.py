@@ -21,6 +21,7 @@ from fastdiff.metrics import (
     Statistics,
     caption_agreement,
     evaluate,
+    evaluation,
     frechet_distance,
     from_module,
     load_torchscript,
@@ -75,6 +76,7 @@ def test_the_result_says_all_that_it_depends_on(
     assert result["crop"] == "largest square in the centre"
     assert result["resize"].startswith("16x16, PIL bicubic")
     assert result["statistics"]["count"] == 50
+    assert result["samples"] == {"path": str(samples), "crop": None, "resize": None}
     assert len(result["statistics"]["sha256"]) == 64
     assert result["evaluator"]["extractor"] == {"name": "network.pt", **extractor.about}
     assert result["evaluator"]["software"]["torch"] == torch.__version__
@@ -112,10 +114,15 @@ def test_the_result_lies_beside_the_samples_and_is_not_replaced_unasked(
         cli.main(["stats", str(folder), str(statistics), "--extractor", str(torchscript)])
 
 
-def test_statistics_of_another_extractor_or_size_are_refused(
-    samples: Path, statistics: Path, torchscript: Path, tmp_path: Path
+def test_statistics_of_another_extractor_or_size_are_refused_at_once(
+    samples: Path,
+    statistics: Path,
+    torchscript: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "fid.json"
+    monkeypatch.setattr(evaluation, "measure", lambda *_, **__: pytest.fail("it was measured"))
     pictures = open_pictures(samples)
     with pytest.raises(ValueError, match=r"Network has sha256 .*, the statistics' .*network\.pt"):
         evaluate(pictures, from_module(Network(1), value_range=(-1, 1)), statistics)
@@ -136,10 +143,7 @@ def test_statistics_of_other_tools_warn_and_must_have_as_many_features(
     assert result["crop"] is None
     assert result["statistics"]["count"] is None
     np.savez(tmp_path / "b.npz", mu=np.zeros(5), sigma=np.eye(5))
-    with (
-        pytest.warns(UserWarning, match="do not say"),
-        pytest.raises(ValueError, match="samples have 6 features, the statistics 5"),
-    ):
+    with pytest.raises(ValueError, match="Network gives 6 features, the statistics have 5"):
         evaluate(pictures, extractor, tmp_path / "b.npz")
 
 
@@ -168,7 +172,7 @@ def test_statistics_of_too_few_pictures_warn_with_the_count(
     extractor = from_module(Network())
     with pytest.warns(UserWarning, match="data: 5 pictures for 6 features"):
         few = measure(open_pictures(data, count=5), extractor).save(tmp_path / "few.npz")
-    with pytest.warns(UserWarning, match=r"few\.npz: 5 pictures for 6 features"):
+    with pytest.warns(UserWarning, match="the statistics: 5 pictures for 6 features"):
         evaluate(open_pictures(samples), extractor, few)
 
 
