@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import tiny_recipe
 
-from fastdiff.data import BadSampleError, open_dataset, scenes
+from fastdiff.data import BadSampleError, StreamConfig, make_loader, open_dataset, scenes
 from fastdiff.data.embed import embed_shards
 from fastdiff.data.embeddings import WrongEncoder
 from fastdiff.data.shards import ShardDataset
+from fastdiff.data.writers import encode_image
 from fastdiff.text import T5TextEncoder
 from fastdiff.training.checkpoint import latest_checkpoint, progress_of
-from fastdiff.training.config import Recipe, TextConfig
+from fastdiff.training.config import DataConfig, Recipe, TextConfig
 from fastdiff.training.loop import make_trainer, train
 
 
@@ -145,12 +151,113 @@ def test_bad_samples_are_counted_over_a_resume(tmp_path: Path) -> None:
     assert all("not JPEG, PNG or WebP" in record["reason"] for record in told)
 
 
-def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, max_steps=12)
-    shards = scenes.write_shards(tmp_path / "shards", n=96, resolution=16, seed=0, shard_size=24)
-    recipe = replace(recipe, data=replace(recipe.data, path=str(shards)))
-    rot(recipe, range(0, 96, 3))
-    with pytest.raises(BadSampleError, match=r"1[789] of \d+ samples seen are bad.*worst shard"):
+GOOD = encode_image(np.full((16, 16, 3), 200, np.uint8))
+
+
+class Evil:
+    """What makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def rotten_kinds(evil: bytes) -> dict[str, tuple[str, list[tuple[str, bytes]]]]:
+    """Kind of rot: what is told of it, and the members of such a sample after its key."""
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    moving = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:])
+    huge = encoded(Image.new("1", (8000, 7000)), "PNG")
+    txt = (".txt", b"a caption")
+    return {
+        "corrupt": ("not JPEG, PNG or WebP", [(".jpg", b"no picture"), txt]),
+        "truncated": ("does not decode", [(".png", GOOD[: len(GOOD) // 2]), txt]),
+        "huge": (
+            "at most 50 million",
+            [(".png", huge), txt],
+        ),
+        "animated": ("is animated", [(".png", moving), txt]),
+        "pickle": ("not JPEG, PNG or WebP", [(".png", evil), txt]),
+        "../../leads/out": ("leads out of the shard", [(".png", GOOD), txt]),
+        "not UTF-8": ("caption is not UTF-8", [(".png", GOOD), (".txt", b"caf\xe9")]),
+        "empty": ("caption is empty", [(".png", GOOD), (".txt", b"  ")]),
+        "no caption": ("caption is missing", [(".png", GOOD)]),
+        "no picture": ("picture is missing", [txt]),
+    }
+
+
+def strange_pictures() -> list[tuple[str, bytes]]:
+    """Pictures in modes that are not RGB, which are good all the same."""
+    return [
+        (".jpg", encoded(Image.new("CMYK", (16, 16)), "JPEG")),
+        (".png", encoded(Image.new("P", (16, 16)), "PNG")),
+        (".png", encoded(Image.new("LA", (16, 16)), "PNG")),
+        (".png", encoded(Image.new("I;16", (16, 16)), "PNG")),
+        (".webp", encoded(Image.new("RGBA", (16, 16)), "WEBP")),
+    ]
+
+
+def write_rotten(folder: Path, every: int) -> tuple[set[str], dict[str, str]]:
+    """1,000 samples in four shards, each `every`-th rotten, the ways in turn: good keys, and what
+    is told of each bad one."""
+    good, bad = set(), {}
+    evil = pickle.dumps(Evil(folder.with_name("ran")))
+    kinds, strange = list(rotten_kinds(evil).items()), strange_pictures()
+    folder.mkdir()
+    for shard in range(4):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for i in range(250 * shard, 250 * shard + 250):
+                if i % every == every - 1:
+                    name, (told, members) = kinds[i // every % len(kinds)]
+                    key = f"{name}-{i}"
+                    bad[key] = told
+                else:
+                    key, members = f"good-{i}", [(".png", GOOD), (".txt", b"a caption")]
+                    if i % 100 < len(strange):
+                        members[0] = strange[i % 100]
+                    good.add(key)
+                for suffix, data in [*members, (".pkl", evil)]:
+                    member = tarfile.TarInfo(key + suffix)
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    return good, bad
+
+
+def test_a_thousand_samples_of_which_twenty_are_rotten(tmp_path: Path) -> None:
+    good, bad = write_rotten(tmp_path / "shards", 50)
+    assert len(good) == 980
+    assert len(bad) == 20
+    stream = StreamConfig(seed=3, image_size=16, global_batch=50, noise=False)
+    loader = make_loader(open_dataset(tmp_path / "shards"), stream, stop=1000)
+    assert {key for batch in loader for key in batch["key"]} == good
+
+    recipe = tiny_recipe(tmp_path, max_steps=20, batch_size=50, checkpoint_every=20)
+    data = DataConfig(path=str(tmp_path / "shards"), workers=2, bad_limit=0.03)
+    run = train(replace(recipe, data=data))
+    told = [json.loads(line) for line in (run / "bad_samples-0.jsonl").read_text().splitlines()]
+    assert len(told) == 20
+    assert {record["key"] for record in told} == bad.keys()
+    for record in told:
+        assert bad[record["key"]] in record["reason"]
+        assert record["shard"].endswith(".tar")
+    counted = progress_of(run).bad
+    assert (counted["seen"], counted["bad"], counted["lost"]) == (1000, 20, {})
+    assert not (tmp_path / "ran").exists()
+
+
+def test_three_in_ten_rotten_stop_the_run(tmp_path: Path) -> None:
+    _, bad = write_rotten(tmp_path / "shards", 3)
+    assert len(bad) > 300
+    recipe = tiny_recipe(tmp_path, max_steps=20, batch_size=50)
+    recipe = replace(recipe, data=DataConfig(path=str(tmp_path / "shards"), workers=2))
+    with pytest.raises(BadSampleError, match=r"of \d+ samples seen are bad, over the limit of 1"):
         train(recipe)
 
 
