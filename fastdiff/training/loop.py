@@ -22,6 +22,7 @@ from fastdiff.data.folder import FolderDataset
 from fastdiff.data.readers import open_dataset
 from fastdiff.data.shards import ShardDataset
 from fastdiff.data.stream import StreamConfig, make_loader, stop_workers
+from fastdiff.ops import philox_normal
 from fastdiff.text import SmallTextEncoder, T5TextEncoder, t5_label
 from fastdiff.training import engine as engines
 from fastdiff.training.checkpoint import (
@@ -42,6 +43,7 @@ log = logging.getLogger("fastdiff")
 
 MAX_SKIPPED = 20
 VOCABULARY_SAMPLES = 20_000
+NOISE_STREAM = 0x7472_6E00  # of philox_normal: apart from the streams that sampling uses
 
 
 class Interrupted(SystemExit):
@@ -126,6 +128,8 @@ class Trainer:
             drop_rate=recipe.train.condition_dropout,
             flip=recipe.data.flip,
             window=recipe.data.window,
+            # On a GPU it is drawn there: a worker takes longer to draw noise than to decode.
+            noise=device.type != "cuda",
         )
         self.limit = BadSampleLimit(
             recipe.data.bad_limit,
@@ -208,8 +212,13 @@ class Trainer:
         )
         for batch in loader:
             self.limit.update(batch)
-            tensors = {name: batch[name] for name in ("noise", "t", "drop")}
-            tensors["x0"] = batch["image"]
+            tensors = {"x0": batch["image"], "t": batch["t"], "drop": batch["drop"]}
+            if "noise" in batch:
+                tensors["noise"] = batch["noise"]
+            else:
+                seeds = noise_seeds(self.recipe.train.seed, batch["position"]).to(self.device)
+                shape = tuple(batch["image"].shape[1:])
+                tensors["noise"] = philox_normal(seeds, 0, shape, stream=NOISE_STREAM)
             if "context" in batch:
                 tensors |= {"context": batch["context"], "mask": batch["mask"]}
             else:
@@ -435,6 +444,20 @@ class Trainer:
         learner.backbone.save_pretrained(self.run_folder / "model")
         if learner.text is not None:
             learner.text.save_pretrained(self.run_folder / "model" / TEXT_FOLDER)
+
+
+def noise_seeds(seed: int, positions: torch.Tensor) -> torch.Tensor:
+    """A seed of noise for each position of a run, far from those of other runs.
+
+    Args:
+        seed: The run's.
+        positions: (B,) int64.
+
+    Returns:
+        (B,) int64.
+    """
+    start = seed * 0x9E3779B97F4A7C15 % 2**64
+    return positions + (start - 2**64 if start >= 2**63 else start)
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

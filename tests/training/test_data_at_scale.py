@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from fastdiff.data.writers import encode_image
 from fastdiff.text import T5TextEncoder
 from fastdiff.training.checkpoint import latest_checkpoint, progress_of
 from fastdiff.training.config import DataConfig, Recipe, TextConfig
-from fastdiff.training.loop import make_trainer, train
+from fastdiff.training.loop import make_trainer, noise_seeds, train
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +150,28 @@ def test_bad_samples_are_counted_over_a_resume(tmp_path: Path) -> None:
     told = [json.loads(line) for line in (run / "bad_samples-0.jsonl").read_text().splitlines()]
     assert len({record["key"] for record in told}) == 12
     assert all("not JPEG, PNG or WebP" in record["reason"] for record in told)
+
+
+def test_noise_of_the_device_is_a_function_of_the_position(tmp_path: Path) -> None:
+    found: dict[int, torch.Tensor] = {}
+    for micro in (8, 2):
+        recipe = tiny_recipe(tmp_path, seed=2**63 + 5, micro_batch=micro)
+        trainer = make_trainer(recipe)
+        # As on a GPU, where the loader draws none.
+        trainer.stream = replace(trainer.stream, noise=False)
+        first = 0
+        for batch in islice(trainer._batches(), 16 // micro):
+            noise = batch.inputs["noise"]
+            assert noise.shape == batch.inputs["x0"].shape
+            for i, one in enumerate(noise):
+                assert torch.equal(found.setdefault(first + i, one), one)
+            first += micro
+    assert sorted(found) == list(range(16))
+    whole = torch.stack(list(found.values()))
+    assert abs(float(whole.mean())) < 4 / whole.numel() ** 0.5
+    assert abs(float(whole.std()) - 1) < 0.02
+    other = noise_seeds(6, torch.arange(16))
+    assert not set(other.tolist()) & set(noise_seeds(5, torch.arange(16)).tolist())
 
 
 GOOD = encode_image(np.full((16, 16, 3), 200, np.uint8))
@@ -276,7 +299,7 @@ def test_a_dead_worker_ends_the_run_with_the_reason(tmp_path: Path) -> None:
     try:
         metrics = tmp_path / "run" / "metrics.jsonl"
         deadline = time.monotonic() + 60
-        while not metrics.is_file() and time.monotonic() < deadline:
+        while not metrics.is_file() and job.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         children = f"/proc/{job.pid}/task/{job.pid}/children"
         workers = [int(pid) for pid in Path(children).read_text().split()]
