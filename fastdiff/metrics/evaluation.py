@@ -27,7 +27,7 @@ from fastdiff.metrics.scores import (
 from fastdiff.metrics.statistics import Statistics, measure, software, warn_if_few
 
 SCORES = ("fid", "kid", "precision_recall", "inception_score")
-#: What is taken over from the `settings.json` that sampling leaves beside its pictures.
+#: What is taken over from the settings that sampling leaves with its pictures.
 SETTINGS = ("sampler", "steps", "guidance", "seeds", "model")
 # As the sources of the scores have them.
 _SUBSETS, _SUBSET_SIZE, _NEIGHBOURS, _SPLITS = 100, 1000, 3, 10
@@ -185,12 +185,15 @@ def check_comparable(reference: Statistics, extractor: Extractor, samples: Pictu
 
 
 def sample_settings(samples: Path) -> dict[str, Any]:
-    """What SETTINGS names of the `settings.json` in the samples' folder; None where absent.
+    """What SETTINGS names of the samples' settings; None where these are absent.
+
+    They lie in a folder as `settings.json`, beside an archive as NAME.json.
 
     Raises:
         ValueError: a file that is not a JSON object.
     """
-    path = (samples if samples.is_dir() else samples.parent) / "settings.json"
+    beside = samples.with_name(f"{samples.name}.json")
+    path = samples / "settings.json" if samples.is_dir() else beside
     settings: Any = {}
     try:
         if path.is_file():

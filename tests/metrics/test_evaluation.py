@@ -185,6 +185,18 @@ def test_an_unreadable_picture_is_named_on_the_command_line(
         fid(folder, statistics, torchscript, tmp_path / "fid.json")
 
 
+def test_settings_of_an_archive_lie_beside_it(
+    samples: Path, statistics: Path, torchscript: Path, tmp_path: Path
+) -> None:
+    pictures = open_pictures(samples)
+    np.savez(tmp_path / "drawn.npz", arr_0=np.stack([pictures[i] for i in range(40)]))
+    (tmp_path / "drawn.npz.json").write_text(json.dumps({"steps": 50}))
+    (tmp_path / "settings.json").write_text(json.dumps({"steps": 1}))
+    result = fid(tmp_path / "drawn.npz", statistics, torchscript, tmp_path / "fid.json")
+    assert result["steps"] == 50
+    assert result["fid"] == fid(samples, statistics, torchscript, tmp_path / "2.json")["fid"]
+
+
 def test_settings_that_are_no_object_are_refused(
     statistics: Path, torchscript: Path, tmp_path: Path
 ) -> None:
