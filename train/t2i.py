@@ -56,16 +56,18 @@ def main() -> None:
             recipe = embedded_data(recipe)
         except OSError as error:
             sys.exit(f"train/t2i.py: {error}")
-    from fastdiff.data.stream import BadSampleError
+    from fastdiff.data.cache import CacheFull
+    from fastdiff.data.embeddings import WrongEncoder
+    from fastdiff.data.faults import BadSampleError
     from fastdiff.training.loop import make_trainer
 
     try:
         trainer = make_trainer(recipe)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, CacheFull, WrongEncoder) as error:
         sys.exit(f"train/t2i.py: {error}")
     try:
         trainer.run()
-    except (BadSampleError, FloatingPointError, OSError) as error:
+    except (BadSampleError, CacheFull, WrongEncoder, FloatingPointError, OSError) as error:
         sys.exit(f"train/t2i.py: {error}")
 
 
