@@ -86,6 +86,12 @@ def float32(tensor: Tensor | None) -> Tensor | None:
     return tensor.float().contiguous()
 
 
+def huge_pages(tensor: Tensor) -> None:
+    """Ask for huge pages under a new tensor that something else will fill; of 32 MiB and more."""
+    if tensor.nbytes >= 32 << 20:
+        torch.ops.fastdiff_native.huge_pages.default(tensor)
+
+
 @contextlib.contextmanager
 def float32_buffers(targets: Sequence[Tensor | None]) -> Iterator[list[Tensor | None]]:
     """What kernels write small gradients to: the tensors themselves where they are float32.

@@ -4,7 +4,8 @@
 // of results needs lie in a ring of three, in float32 and with a column of zeros on either side, so
 // that the cache has them at neighbouring addresses and no pixel is at a border. The backward keeps
 // a second ring, of the gradient before the GELU: it reads z and dy once and writes dz once; it
-// also writes y where the caller wants it again (fc2's weight gradient does).
+// also writes y where the caller wants it again (fc2's weight gradient does). dz may be dy: a row
+// of dz is written when that row and the next of dy have been read.
 #include "../native/isa.h"
 
 namespace fastdiff {
@@ -17,11 +18,14 @@ struct DwconvTile {
   const float *weight, *bias;  // (9, channels of all), weight_stride apart; (channels,)
   int64_t weight_stride;
   void *y, *dz;
-  float* scratch;                // dwconv_scratch(columns) floats
-  float *sum_weight, *sum_bias;  // (9, channels), (channels,): sums over this image
+  float* scratch;  // dwconv_scratch(columns) floats
+  // (9, channels), (channels,), (channels,): sums over this image
+  float *sum_weight, *sum_bias, *sum_dz;
 };
 
-constexpr int64_t dwconv_block = 128;  // channels of a piece, a multiple of every vector's lanes
+// Channels of a piece, a multiple of every vector's lanes. Fewer would keep a wide grid's rings in
+// the first cache, but then each pixel is a short run of memory: 32 cost half as much again.
+constexpr int64_t dwconv_block = 128;
 
 // Of a row of a ring, and of all scratch: two rings and a row of results.
 constexpr int64_t dwconv_row(int64_t columns) { return (columns + 2) * dwconv_block; }
@@ -143,9 +147,10 @@ FASTDIFF_INLINE void for_grid_rows(const DwconvTile& a, const T* grid, const Rin
 
 // Writes a row of results, pixels dwconv_block apart, to pixels `stride` apart.
 template <class T>
-void write_row(const float* from, int64_t columns, int64_t channels, T* to, int64_t stride) {
-  for (int64_t j = 0; j < columns; ++j, from += dwconv_block, to += stride)
-    for_vectors(channels, [&](int64_t c, auto part) { store(to + c, load(from + c, part), part); });
+void write_row(const DwconvTile& a, const float* from, T* to) {
+  for (int64_t j = 0; j < a.columns; ++j, from += dwconv_block, to += a.stride)
+    for_vectors(a.channels,
+                [&](int64_t c, auto part) { store(to + c, load(from + c, part), part); });
 }
 
 template <class T>
@@ -170,7 +175,7 @@ void forward(const DwconvTile& a) {
         store_pixels(results + j * dwconv_block + c, gelu(taps.convolve(bias, around)));
       });
     });
-    write_row(results, a.columns, a.channels, y + first + i * a.columns * a.stride, a.stride);
+    write_row(a, results, at_row(y + first, i));
   });
 }
 
@@ -222,7 +227,9 @@ void backward(const DwconvTile& a) {
       V slope;
       const V out = gelu_and_slope(load(z + at, part), &slope);
       if (y) store(y + at, out, part);
-      if (dz) store(dz + at, load(dy + at, part) * slope, part);
+      const V d = load(dy + at, part) * slope;
+      if (dz) store(dz + at, d, part);
+      if (a.sum_dz) store(a.sum_dz + c, load(a.sum_dz + c, part) + d, part);
     });
   const int64_t first = a.prefix * a.stride;
   const Ring ring{a.scratch, a.columns};
@@ -233,12 +240,16 @@ void backward(const DwconvTile& a) {
   const auto write_dz = [&](int64_t i) {
     for_vectors(a.channels, [&](int64_t c, auto part) {
       const Taps taps(a, c, part);
+      V sum{};
       for_neighbours(d_ring, i, c, [&](int64_t j, const auto* around) {
         prefetch_pixels(at(dz, i) + j * a.stride + c, a.stride, around[0]);
-        store_pixels(results + j * dwconv_block + c, taps.transposed(around));
+        const auto d = taps.transposed(around);
+        store_pixels(results + j * dwconv_block + c, d);
+        sum += both(d);
       });
+      if (a.sum_dz) store(a.sum_dz + c, load(a.sum_dz + c, part) + sum, part);
     });
-    write_row(results, a.columns, a.channels, at(dz, i), a.stride);
+    write_row(a, results, at(dz, i));
   };
   no_row(-1);
   for_grid_rows(a, z + first, ring, [&](int64_t i) {
@@ -248,7 +259,7 @@ void backward(const DwconvTile& a) {
       prefetch_pixels(at(dy, i + 1) + offset, a.stride, pixels);
       if (y) prefetch_pixels(at(y, i) + offset, a.stride, pixels);
     });
-    if (y) write_row(results, a.columns, a.channels, at(y, i), a.stride);
+    if (y) write_row(a, results, at(y, i));
     if (a.sum_weight) sums_of_row(a, ring, d_ring, i);
     if (dz && i > 0) write_dz(i - 1);
   });
@@ -347,7 +358,8 @@ void forward(const Tensor& z, const Tensor& weight, const Tensor& bias, int64_t 
 
 void backward(const Tensor& dy, const Tensor& z, const Tensor& weight, const Tensor& bias,
               int64_t rows, int64_t columns, int64_t prefix, const MaybeTensor& y,
-              const MaybeTensor& dz, const MaybeTensor& dweight, const MaybeTensor& dbias) {
+              const MaybeTensor& dz, const MaybeTensor& dweight, const MaybeTensor& dbias,
+              const MaybeTensor& sum_dz) {
   Call c(z, weight, bias, rows, columns, prefix);
   const int64_t C = c.channels;
   c.all.dy = data(op, "dy", dy, c.dtype, c.numel());
@@ -355,43 +367,55 @@ void backward(const Tensor& dy, const Tensor& z, const Tensor& weight, const Ten
   c.all.dz = fresh(data(op, "dz", dz, c.dtype, c.numel()), c.numel() * c.bytes);
   float* dweight_ = floats(op, "dweight", dweight, 9 * C);
   float* dbias_ = floats(op, "dbias", dbias, C);
+  float* sum_dz_ = floats(op, "sum_dz", sum_dz, C);
+  STD_TORCH_CHECK(dz || !sum_dz, op, ": sum_dz without dz");
   const auto kernel = FASTDIFF_PICK(dwconv_gelu_tile_backward);
-  std::vector<float> sums(c.numel() && (dweight_ || dbias_) ? c.batch * 10 * C : 0);
+  // Of every image and block of channels: nine of the taps, one of the bias, one of dz.
+  constexpr int64_t kinds = 11;
+  const bool wanted = c.numel() && (dweight_ || dbias_ || sum_dz_);
+  std::vector<float> sums(wanted ? c.batch * kinds * C : 0);
   c.each_piece([&](int64_t image, int64_t channel, DwconvTile t) {
-    if (!sums.empty()) {
-      t.sum_weight = &sums[image * 10 * C + channel * 10];
-      t.sum_bias = &sums[image * 10 * C + channel * 10 + 9 * t.channels];
-    }
+    float* own = wanted ? &sums[(image * C + channel) * kinds] : nullptr;
+    if (dweight_ || dbias_) t.sum_weight = own, t.sum_bias = own + 9 * t.channels;
+    if (sum_dz_) t.sum_dz = own + 10 * t.channels;
     kernel(t);
   });
 
-  std::vector<double> total(10);
   for (int64_t i = 0; i < C; ++i) {
     const int64_t first = i / dwconv_block * dwconv_block;
     const int64_t width = std::min(dwconv_block, C - first);
-    std::fill(total.begin(), total.end(), 0.);
-    for (int64_t image = 0; !sums.empty() && image < c.batch; ++image)
-      for (int64_t k = 0; k < 10; ++k)
-        total[k] += sums[image * 10 * C + first * 10 + k * width + i - first];
+    double total[kinds] = {};
+    for (int64_t image = 0; wanted && image < c.batch; ++image)
+      for (int64_t k = 0; k < kinds; ++k)
+        total[k] += sums[(image * C + first) * kinds + k * width + i - first];
     for (int64_t k = 0; dweight_ && k < 9; ++k) dweight_[k * C + i] = static_cast<float>(total[k]);
     if (dbias_) dbias_[i] = static_cast<float>(total[9]);
+    if (sum_dz_) sum_dz_[i] = static_cast<float>(total[10]);
   }
+}
+
+// For what a matrix product is about to fill.
+void huge_pages(const Tensor& x) {
+  STD_TORCH_CHECK(x.is_contiguous(), "huge_pages: x is not contiguous");
+  fresh(x.data_ptr(), x.numel() * x.element_size());
 }
 
 }  // namespace
 }  // namespace fastdiff
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastdiff_native, m) {
+  m.def("huge_pages(Tensor(a!) x) -> ()");
   m.def(
       "dwconv_gelu_forward(Tensor z, Tensor weight, Tensor bias, int rows, int columns, "
       "int prefix, Tensor(a!) y) -> ()");
   m.def(
       "dwconv_gelu_backward(Tensor dy, Tensor z, Tensor weight, Tensor bias, int rows, "
       "int columns, int prefix, Tensor(a!)? y, Tensor(b!)? dz, Tensor(c!)? dweight, "
-      "Tensor(d!)? dbias) -> ()");
+      "Tensor(d!)? dbias, Tensor(e!)? sum_dz) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastdiff_native, CPU, m) {
+  m.impl("huge_pages", TORCH_BOX(&fastdiff::huge_pages));
   m.impl("dwconv_gelu_forward", TORCH_BOX(&fastdiff::forward));
   m.impl("dwconv_gelu_backward", TORCH_BOX(&fastdiff::backward));
 }

@@ -20,7 +20,12 @@ _Maybe = Tensor | None
 
 
 def make(
-    name: str, gelu: Callable[..., None], gelu_backward: Callable[..., None]
+    name: str,
+    gelu: Callable[..., None],
+    gelu_backward: Callable[..., None],
+    *,
+    prepare: Callable[[Tensor], None] = lambda tensor: None,
+    in_place: bool = False,
 ) -> Callable[..., Any]:
     """The op in normal form, differentiable.
 
@@ -31,6 +36,8 @@ def make(
         gelu_backward: takes ((dz, d_conv_weight, d_conv_bias), dy, z, taps, conv_bias, grid,
             prefix, y, sum_dz); fills those that are there: the gradients, y once more, and the sum
             (C,) of dz over all tokens, which is asked for only with dz.
+        prepare: takes a new tensor of the hidden width, before a matrix product fills it.
+        in_place: gelu_backward can write dz over dy.
     """
 
     def forward(
@@ -46,6 +53,7 @@ def make(
         prefix: int,
     ) -> None:
         out, z, taps = results
+        prepare(z)
         _linear(x, fc1_weight, fc1_bias, z)
         y = torch.empty_like(z)
         gelu((y, taps), z, conv_weight, conv_bias, grid, prefix)
@@ -73,10 +81,13 @@ def make(
         if d_fc2_bias is not None:
             torch.sum(d_out, 0, dtype=d_fc2_bias.dtype, out=d_fc2_bias)
         needs_dz = any(d is not None for d in (dx, d_fc1_weight, d_fc1_bias))
-        dz = torch.empty_like(z) if needs_dz else None
+        dz = None
         y = None if d_fc2_weight is None else torch.empty_like(z)
-        if any(d is not None for d in (dz, d_conv_weight, d_conv_bias)):
+        if needs_dz or d_conv_weight is not None or d_conv_bias is not None:
             dy = torch.empty_like(z)
+            prepare(dy)
+            if needs_dz:
+                dz = dy if in_place else torch.empty_like(z)
             torch.mm(d_out, fc2_weight.to(x.dtype), out=dy.flatten(0, 1))
             filled = dz, d_conv_weight, d_conv_bias
             gelu_backward(filled, dy, z, taps, conv_bias, grid, prefix, y, d_fc1_bias)

@@ -48,6 +48,7 @@ def backward(
     """Fills those of (dz, dweight, dbias) that are there; y again; and the sum of dz over tokens.
 
     Args:
+        dz: may be dy.
         y: to fill, like z and contiguous.
         sum_dz: (C,), to fill; only with dz.
     """
@@ -55,16 +56,14 @@ def backward(
     z = z.contiguous()
     to_dz = dz if dz is None or dz.is_contiguous() else dz.new_empty(dz.shape)
     dtaps = None if dweight is None else torch.empty_like(taps)
-    with _native.float32_buffers((dbias,)) as (dbias_,):
+    with _native.float32_buffers((dbias, sum_dz)) as sums:
         torch.ops.fastdiff_native.dwconv_gelu_backward(
-            dy.contiguous(), z, taps, _native.float32(bias), *grid, prefix, y, to_dz, dtaps, dbias_
+            dy.contiguous(), z, taps, _native.float32(bias), *grid, prefix, y, to_dz, dtaps, *sums
         )
     if dz is not None and to_dz is not None and to_dz is not dz:
         dz.copy_(to_dz)
     if dweight is not None and dtaps is not None:
         dweight.copy_(dtaps.t().reshape(dweight.shape))
-    if sum_dz is not None and to_dz is not None:
-        sum_dz.copy_(to_dz.flatten(0, 1).sum(0, dtype=torch.float32))
 
 
 def _empty(
@@ -95,4 +94,6 @@ gelu = _register.kernel(
     saves=("z", "weight", "bias", "taps"),
 )
 
-ffn = _ffn.make("dwconv_ffn_native", forward, backward)
+ffn = _ffn.make(
+    "dwconv_ffn_native", forward, backward, prepare=_native.huge_pages, in_place=True
+)
