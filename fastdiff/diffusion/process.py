@@ -1,11 +1,12 @@
-"""The discrete diffusion process: noising, training targets and conversions between predictions.
+"""Diffusion processes: noising, training targets and conversions between predictions.
 
-Legend: B batch; x_0 data; x_t noised data; eps noise; t step 0..T-1; a = sqrt(alpha_bar_t) and
-s = sqrt(1 - alpha_bar_t), so that x_t = a x_0 + s eps and v = a eps - s x_0.
+Legend: B batch; x_0 data; x_t noised data; eps noise; t the time that the network is given; a =
+sqrt(alpha_bar_t) and s = sqrt(1 - alpha_bar_t), so that x_t = a x_0 + s eps and v = a eps - s x_0.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal, get_args
 
 import torch
@@ -16,98 +17,62 @@ from fastdiff.diffusion.schedules import NoiseSchedule
 Prediction = Literal["eps", "x0", "v"]
 
 
-class DiffusionProcess:
-    """q(x_t | x_0) of a noise schedule, and what the network is trained to predict of it.
-
-    Two equations of the paper are misprinted; DDPM's are used. Eq. 3 prints sqrt(1 - alpha_t)
-    under beta_t where DDPM has sqrt(1 - alpha_bar_t). Eq. 4 gives the network x_0 + sqrt(1 -
-    alpha_bar_t) eps where DDPM has sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps.
+class Process(ABC):
+    """x_t = a x_0 + s eps, and what the network is trained to predict of it.
 
     Args:
-        schedule: the noise schedule.
         prediction: what the network's output means. "eps": the noise (Eq. 4, all the paper's
             runs); "x0": the data; "v": a eps - s x_0 (Salimans and Ho 2022, section 4).
 
-    Shapes: x_0, x_t, noise and out are (B, ...) alike and on one device. t is int32 or int64, 0-d,
-        (1,) or (B,), on that device, in steps 0..T-1. The schedule is a table, so a fractional t
-        has no meaning here and is refused; only the models accept one.
+    Shapes: x_0, x_t, noise and out are (B, ...) alike and on one device; t is 0-d, (1,) or (B,), on
+        that device.
 
     Raises:
-        TypeError: t is not an integer tensor.
-        ValueError: t, or a tensor beside it, has the wrong shape, or t is outside 0..T-1. The
-            range is checked on the CPU only: on a GPU it would cost a synchronisation, and an
-            index out of range (negative too) stops the kernel instead.
+        TypeError: t has a dtype without meaning here.
+        ValueError: t, or a tensor beside it, has the wrong shape, or t is out of range. The range
+            is checked on the CPU only: on a GPU it would cost a synchronisation.
 
     Numerics: computed and returned in float32 whatever the inputs' dtype and under autocast too
-        (in float64 if an input is float64), from tables rounded once from float64. The tables
-        move to each device once and stay there.
+        (in float64 if an input is float64), from a and s computed in float64 and rounded once.
     """
 
-    def __init__(self, schedule: NoiseSchedule, prediction: Prediction = "eps") -> None:
+    def __init__(self, prediction: Prediction = "eps") -> None:
         if prediction not in get_args(Prediction):
             names = get_args(Prediction)
             raise ValueError(
-                f"DiffusionProcess: prediction must be one of {names}, got {prediction!r}"
+                f"{type(self).__name__}: prediction must be one of {names}, got {prediction!r}"
             )
-        self.schedule = schedule
         self.prediction: Prediction = prediction
-        table = torch.stack([schedule.alpha_bar.sqrt(), (1.0 - schedule.alpha_bar).sqrt()], dim=1)
-        cpu = torch.device("cpu")
-        # (T, 2): the columns are a and s.
-        self._tables = {(cpu, dtype): table.to(dtype) for dtype in (torch.float32, torch.float64)}
 
-    def __repr__(self) -> str:
-        schedule = self.schedule
-        return f"DiffusionProcess({schedule.name}, T={schedule.steps}, {self.prediction})"
-
-    @property
-    def steps(self) -> int:
-        """T, the number of steps."""
-        return self.schedule.steps
+    @abstractmethod
+    def _noise_levels(self, t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """a and s, (n, 2), for the n values of t."""
 
     def _coefficients(self, t: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         """a and s for each sample, shaped to broadcast, then the tensors in computing dtype."""
-        first = tensors[0]
+        first, name = tensors[0], type(self).__name__
         for other in tensors[1:]:
             if other.shape != first.shape:
                 raise ValueError(
-                    "DiffusionProcess: tensors must have one shape, got "
+                    f"{name}: tensors must have one shape, got "
                     f"{tuple(first.shape)} and {tuple(other.shape)}"
                 )
-        if t.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"DiffusionProcess: t must be int32 or int64, got {t.dtype}")
         batch = first.shape[0]
         if t.ndim > 1 or t.numel() not in (1, batch):
-            raise ValueError(
-                f"DiffusionProcess: t must be 0-d, (1,) or ({batch},), got {tuple(t.shape)}"
-            )
-        if t.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = int(t.min()), int(t.max())
-            if low < 0 or high >= self.steps:
-                raise ValueError(
-                    f"DiffusionProcess: t must lie in 0..{self.steps - 1}, got {low}..{high}"
-                )
+            raise ValueError(f"{name}: t must be 0-d, (1,) or ({batch},), got {tuple(t.shape)}")
         dtype = torch.float32
         for tensor in tensors:
             dtype = torch.promote_types(dtype, tensor.dtype)
-        row = self._table(first.device, dtype).index_select(0, t.reshape(-1))
+        row = self._noise_levels(t.reshape(-1), first.device, dtype)
         a, s = row.view(-1, *[1] * (first.ndim - 1), 2).unbind(-1)
         return a, s, *(tensor.to(dtype) for tensor in tensors)
-
-    def _table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        key = (device, dtype)
-        if key not in self._tables:
-            # A table made in inference mode could not be saved for a later backward pass.
-            with torch.inference_mode(False):
-                self._tables[key] = self._tables[torch.device("cpu"), dtype].to(device)
-        return self._tables[key]
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Noise data to step t: x_t = a x_0 + s eps (Eq. 2 in closed form).
 
         Args:
             x0: data, (B, ...).
-            t: steps 0..T-1.
+            t: times.
             noise: standard normal, shaped as x0.
 
         Returns:
@@ -143,7 +108,7 @@ class DiffusionProcess:
         target = self.target(x0, t, noise)
         if out.shape != target.shape:
             raise ValueError(
-                f"DiffusionProcess: out must have x0's shape {tuple(target.shape)}, "
+                f"{type(self).__name__}: out must have x0's shape {tuple(target.shape)}, "
                 f"got {tuple(out.shape)}"
             )
         return (out.to(target.dtype) - target).square().flatten(1).mean(dim=1)
@@ -198,3 +163,75 @@ class DiffusionProcess:
         """The noise between x_0 and x_t: eps = (x_t - a x_0) / s, float32."""
         a, s, x0, x_t = self._coefficients(t, x0, x_t)
         return (x_t - a * x0) / s
+
+    def shift_eps(self, out: Tensor, change: Tensor, t: Tensor) -> Tensor:
+        """The output that stands for a noise which is `change` more than that of `out`.
+
+        out + change | out - s change / a | out + change / a, for prediction eps | x0 | v.
+
+        Returns:
+            An output of the network, shaped as out, float32.
+        """
+        a, s, out, change = self._coefficients(t, out, change)
+        if self.prediction == "eps":
+            return out + change
+        if self.prediction == "x0":
+            return out - change * (s / a)
+        return out + change / a
+
+    def noise_std(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """s = sqrt(1 - alpha_bar_t), (B or 1, 1, ...) to broadcast over x_t, float32."""
+        return self._coefficients(t, x_t)[1]
+
+
+class DiffusionProcess(Process):
+    """q(x_t | x_0) of a noise schedule in T steps, and what the network predicts of it.
+
+    Two equations of the paper are misprinted; DDPM's are used. Eq. 3 prints sqrt(1 - alpha_t)
+    under beta_t where DDPM has sqrt(1 - alpha_bar_t). Eq. 4 gives the network x_0 + sqrt(1 -
+    alpha_bar_t) eps where DDPM has sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps.
+
+    Args:
+        schedule: the noise schedule.
+        prediction: as in `Process`.
+
+    t is int32 or int64, in steps 0..T-1. The schedule is a table, so a fractional t has no meaning
+    here and is refused; only the models and `VPSDE` accept one. On a GPU an index out of range
+    (negative too) stops the kernel. The tables move to each device once and stay there.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, prediction: Prediction = "eps") -> None:
+        super().__init__(prediction)
+        self.schedule = schedule
+        table = torch.stack([schedule.alpha_bar.sqrt(), (1.0 - schedule.alpha_bar).sqrt()], dim=1)
+        cpu = torch.device("cpu")
+        # (T, 2): the columns are a and s.
+        self._tables = {(cpu, dtype): table.to(dtype) for dtype in (torch.float32, torch.float64)}
+
+    def __repr__(self) -> str:
+        schedule = self.schedule
+        return f"DiffusionProcess({schedule.name}, T={schedule.steps}, {self.prediction})"
+
+    @property
+    def steps(self) -> int:
+        """T, the number of steps."""
+        return self.schedule.steps
+
+    def _noise_levels(self, t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        if t.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"DiffusionProcess: t must be int32 or int64, got {t.dtype}")
+        if t.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = int(t.min()), int(t.max())
+            if low < 0 or high >= self.steps:
+                raise ValueError(
+                    f"DiffusionProcess: t must lie in 0..{self.steps - 1}, got {low}..{high}"
+                )
+        return self._table(device, dtype).index_select(0, t)
+
+    def _table(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        key = (device, dtype)
+        if key not in self._tables:
+            # A table made in inference mode could not be saved for a later backward pass.
+            with torch.inference_mode(False):
+                self._tables[key] = self._tables[torch.device("cpu"), dtype].to(device)
+        return self._tables[key]

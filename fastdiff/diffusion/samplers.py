@@ -1,4 +1,4 @@
-"""Samplers of the reverse process. Each takes a callable `model(x, t)` and knows no network.
+"""Samplers in discrete steps. Each takes a callable `model(x, t)` and knows no network.
 
 Legend: B batch, C channels, H W pixels; t step 0..T-1; x_T standard normal noise.
 """
@@ -6,19 +6,28 @@ Legend: B batch, C channels, H W pixels; t step 0..T-1; x_T standard normal nois
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastdiff.diffusion.process import DiffusionProcess
+from fastdiff.diffusion.stepping import (
+    Denoiser,
+    StepNoise,
+    clipped,
+    draw,
+    predict,
+    progress_bar,
+    to_x0_and_eps,
+)
+from fastdiff.diffusion.thresholding import Threshold
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
-StepNoise = Callable[[int, tuple[int, ...]], Tensor]
 Spacing = Literal["trailing", "leading", "linspace"]
+Variance = Literal["small", "large", "learned"]
 
 
 def ddim_timesteps(total: int, steps: int, spacing: Spacing = "trailing") -> list[int]:
@@ -69,7 +78,7 @@ def sample_ddim(
     eta: float = 0.0,
     spacing: Spacing = "trailing",
     generator: torch.Generator | StepNoise | None = None,
-    clip_x0: bool = True,
+    clip_x0: bool | Threshold = True,
     progress: bool = False,
 ) -> Tensor:
     """Draw samples with DDIM.
@@ -80,6 +89,7 @@ def sample_ddim(
 
     Args:
         model: (x, t) -> the process's prediction, shaped as x; t is (B,) int64 in steps 0..T-1.
+            As many channels again, a learned variance, are left out.
         x_T: standard normal, (B, ...); the network sees every x in this dtype.
         process: schedule and meaning of the network's output.
         steps: calls of the network, 1..T. The paper: 50 for ASCEND text, 250 for IU-ViT text.
@@ -88,7 +98,8 @@ def sample_ddim(
         generator: where z comes from if eta > 0: a torch generator on x_T's device, or a callable
             (i, shape) -> noise of the i-th call, for instance `PictureNoise`; None: torch's own.
         clip_x0: clamp x_0 to [-1, 1], the range of pixels, and take eps again from the clamped
-            one, as ADM does by default. Off for data that are not pixels.
+            one, as ADM does by default. Off for data that are not pixels. Or another threshold,
+            such as `dynamic_threshold()`.
         progress: show a tqdm bar.
 
     Returns:
@@ -106,18 +117,15 @@ def sample_ddim(
     alpha_bar = process.schedule.alpha_bar.tolist()
     t_all = torch.tensor(times, device=x_T.device)
     x = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
-    for i in _bar(range(steps), progress):
+    for i in progress_bar(range(steps), progress):
         t = t_all[i].expand(x.shape[0])
         now, prev = alpha_bar[times[i]], alpha_bar[times[i + 1]] if i + 1 < steps else 1.0
-        out = _predict(model, x, t, x_T.dtype)
-        x0, eps = process.to_x0(out, x, t), process.to_eps(out, x, t)
-        if clip_x0:
-            x0 = x0.clamp(-1.0, 1.0)
-            eps = process.eps_from_x0(x0, x, t)
+        out, _ = predict(model, x, t, x_T.dtype)
+        x0, eps = to_x0_and_eps(process, out, x, t, clip_x0)
         sigma = eta * math.sqrt((1.0 - prev) / (1.0 - now) * (1.0 - now / prev))
         x = math.sqrt(prev) * x0 + math.sqrt(max(1.0 - prev - sigma**2, 0.0)) * eps
         if sigma > 0.0:
-            x = x + sigma * _draw(generator, i, x)
+            x = x + sigma * draw(generator, i, x)
     return x.to(x_T.dtype)
 
 
@@ -127,9 +135,9 @@ def sample_ancestral(
     x_T: Tensor,
     process: DiffusionProcess,
     *,
-    variance: Literal["small", "large"] = "small",
+    variance: Variance = "small",
     generator: torch.Generator | StepNoise | None = None,
-    clip_x0: bool = True,
+    clip_x0: bool | Threshold = True,
     progress: bool = False,
 ) -> Tensor:
     """Draw samples with DDPM's ancestral sampler, over all T steps.
@@ -141,35 +149,48 @@ def sample_ancestral(
     Args:
         model, x_T, process, generator, progress: as in `sample_ddim`.
         variance: sigma_t^2. "small": the posterior variance (Eq. 3); "large": beta_t (DDPM's
-            CIFAR-10 runs). The first is exact for data at one point, the second for Gaussian data.
-        clip_x0: clamp x_0 to [-1, 1] before the mean is taken, as DDPM and ADM do by default.
+            CIFAR-10 runs). The first is exact for data at one point, the second for Gaussian data
+            of variance 1. "learned": between the two as the network says,
+            sigma_t^2 = large^((1 + v) / 2) small^((1 - v) / 2), where the network's output is
+            (B, 2C, ...), the prediction and behind it v (`create_model(..., learn_variance=True)`).
+        clip_x0: clamp x_0 to [-1, 1] before the mean is taken, as DDPM and ADM do by default; or
+            another threshold, such as `dynamic_threshold()`.
 
     Returns:
         Samples shaped as x_T, in its dtype.
 
     Raises:
-        ValueError: variance is unknown, or the model's output has another shape.
+        ValueError: variance is unknown, or the model's output has another shape: x's, or with
+            "learned" that of twice the channels.
 
     Numerics: the state is kept in float32; no synchronisation with the device between steps.
-    Source: DDPM, algorithm 2 and Eq. 6-7; Eq. 3 of the paper.
+    Source: DDPM, algorithm 2 and Eq. 6-7; Eq. 3 of the paper; Nichol and Dhariwal 2021, Eq. 15.
     """
-    if variance not in ("small", "large"):
-        raise ValueError(f"sample_ancestral: variance must be small or large, got {variance!r}")
+    if variance not in get_args(Variance):
+        names = get_args(Variance)
+        raise ValueError(f"sample_ancestral: variance must be one of {names}, got {variance!r}")
     table = process.schedule
-    variances = table.posterior_variance if variance == "small" else table.betas
-    sigma = variances.sqrt().tolist()
+    small, large = table.posterior_variance.sqrt().tolist(), table.betas.sqrt().tolist()
     weight_x0, weight_xt = table.posterior_mean_x0.tolist(), table.posterior_mean_xt.tolist()
     t_all = torch.arange(process.steps, device=x_T.device)
     x = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
-    for i in _bar(range(process.steps), progress):
+    for i in progress_bar(range(process.steps), progress):
         step = process.steps - 1 - i
         t = t_all[step].expand(x.shape[0])
-        x0 = process.to_x0(_predict(model, x, t, x_T.dtype), x, t)
-        if clip_x0:
-            x0 = x0.clamp(-1.0, 1.0)
+        out, v = predict(model, x, t, x_T.dtype)
+        if variance == "learned" and v is None:
+            raise ValueError(
+                f"sample_ancestral: variance='learned' needs a model of {2 * x.shape[1]} output "
+                f"channels for the {x.shape[1]} of x, got {tuple(out.shape)}"
+            )
+        x0 = clipped(process.to_x0(out, x, t), clip_x0)
         x = weight_x0[step] * x0 + weight_xt[step] * x
+        sigma: float | Tensor = small[step] if variance == "small" else large[step]
+        if v is not None and variance == "learned":
+            # large^((1 + v) / 2) small^((1 - v) / 2), as a power of their ratio.
+            sigma = large[step] * (small[step] / large[step]) ** (0.5 * (1.0 - v.to(x)))
         if step > 0:
-            x = x + sigma[step] * _draw(generator, i, x)
+            x = x + sigma * draw(generator, i, x)
     return x.to(x_T.dtype)
 
 
@@ -228,26 +249,3 @@ def _seeded_normal(seeds: Sequence[int], stream: int, shape: tuple[int, ...]) ->
             dtype=np.float32, out=out[b : b + 1]
         )
     return torch.from_numpy(out)
-
-
-def _draw(source: torch.Generator | StepNoise | None, i: int, x: Tensor) -> Tensor:
-    if source is None or isinstance(source, torch.Generator):
-        return torch.randn(x.shape, generator=source, device=x.device, dtype=x.dtype)
-    return source(i, tuple(x.shape)).to(x)
-
-
-def _predict(model: Denoiser, x: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
-    out = model(x.to(dtype), t)
-    if out.shape != x.shape:
-        raise ValueError(
-            f"sampler: the model must return x's shape {tuple(x.shape)}, got {tuple(out.shape)}"
-        )
-    return out
-
-
-def _bar(steps: range, progress: bool) -> Iterable[int]:
-    if not progress:
-        return steps
-    from tqdm.auto import tqdm
-
-    return cast(Iterable[int], tqdm(steps, desc="sampling", unit="step"))

@@ -12,7 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-_MAX_BETA = 0.999
+MAX_BETA = 0.999
+COSINE_OFFSET = 0.008
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,10 +128,10 @@ def cosine_schedule(steps: int = 1000) -> NoiseSchedule:
     """
     if steps < 1:
         raise ValueError(f"cosine_schedule: steps must be at least 1, got {steps}")
-    s = 0.008
+    s = COSINE_OFFSET
     u = torch.arange(steps + 1, dtype=torch.float64) / steps
     f = torch.cos(0.5 * math.pi * (u + s) / (1.0 + s)) ** 2
-    return NoiseSchedule("cosine", (1.0 - f[1:] / f[:-1]).clamp(max=_MAX_BETA))
+    return NoiseSchedule("cosine", (1.0 - f[1:] / f[:-1]).clamp(max=MAX_BETA))
 
 
 def schedule(name: str, steps: int = 1000) -> NoiseSchedule:

@@ -254,6 +254,26 @@ def test_a_torch_generator_decides_the_noise(sampler: str) -> None:
     assert not torch.equal(draw(1), first)
 
 
+@pytest.mark.parametrize("v", [-1.0, 1.0])
+def test_a_learned_variance_at_its_ends_is_a_fixed_one(v: float) -> None:
+    process = DiffusionProcess(schedule("cosine", 30))
+    x_T, noise = initial_noise([0, 1], (2, 2, 2)), PictureNoise((0, 1))
+    model = gaussian(process)
+
+    def learned(x: Tensor, t: Tensor) -> Tensor:
+        return torch.cat([model(x, t), torch.full_like(x, v)], dim=1)
+
+    torch.testing.assert_close(
+        sample_ancestral(learned, x_T, process, variance="learned", generator=noise),
+        sample_ancestral(
+            model, x_T, process, variance="small" if v < 0 else "large", generator=noise
+        ),
+    )
+    # Other samplers leave it out.
+    ddim = sample_ddim(model, x_T, process, steps=10)
+    assert torch.equal(sample_ddim(learned, x_T, process, steps=10), ddim)
+
+
 @pytest.mark.parametrize("variance", ["small", "large"])
 def test_ancestral_adds_no_noise_on_the_last_step(variance: str) -> None:
     process = DiffusionProcess(schedule("cosine", 30))
@@ -307,10 +327,12 @@ def test_bad_input_is_refused() -> None:
         sample_ddim(model, x_T, process, eta=1.5)
     with pytest.raises(ValueError, match="got 'even'"):
         sample_ddim(model, x_T, process, spacing="even")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="got 'learned'"):
-        sample_ancestral(model, x_T, process, variance="learned")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"x's shape \(1, 1, 2, 2\), got \(1, 2, 2, 2\)"):
-        sample_ddim(lambda x, t: torch.cat([x, x], 1), x_T, process)
+    with pytest.raises(ValueError, match="got 'fixed'"):
+        sample_ancestral(model, x_T, process, variance="fixed")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"a model of 2 output channels for the 1 of x"):
+        sample_ancestral(model, x_T, process, variance="learned")
+    with pytest.raises(ValueError, match=r"x's shape \(1, 1, 2, 2\).*got \(1, 3, 2, 2\)"):
+        sample_ddim(lambda x, t: torch.cat([x, x, x], 1), x_T, process)
     with pytest.raises(ValueError, match="2 seeds for the shape"):
         PictureNoise((1, 2))(0, (3, 1, 2, 2))
     with pytest.raises(ValueError, match="got -1"):
