@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 log = logging.getLogger(__name__)
 
 DEFAULT_FOLDER = "~/.cache/fastdiff/shards"
-RETRIES = 4
+RETRIES = 6  # after 1, 2, 4, ... seconds: a minute in all
 ROOM_TIMEOUT = 300.0  # seconds to wait for other processes' files to become removable
 _LISTING_THREADS = 32
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -104,7 +104,10 @@ def list_shards(url: str, suffix: str = ".tar") -> list[Source]:
             return list(pool.map(size, urls))
     if url.endswith(suffix):
         return [size(url)]
-    entries = fs.ls(path, detail=True)
+    try:
+        entries = fs.ls(path, detail=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"open_dataset: {url} does not exist") from None
     tars = [e for e in entries if e["type"] == "file" and e["name"].endswith(suffix)]
     address = fs.unstrip_protocol
     return sorted(Source(address(e["name"]), e.get("size")) for e in tars)

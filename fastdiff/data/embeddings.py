@@ -80,19 +80,24 @@ class EmbeddedShard:
             tokens = header["tokens"]
             self.total, self.width = (int(n) for n in tokens["shape"])
             first, last = tokens["data_offsets"]
-            if tokens["dtype"] != "BF16" or last - first != 2 * self.total * self.width:
+            whole = 0 <= first <= last and last - first == 2 * self.total * self.width
+            if tokens["dtype"] != "BF16" or not whole:
                 raise ValueError("tokens are not bfloat16")
             if size != 8 + length + last:
                 raise ValueError(f"{size} bytes; {8 + length + last} expected")
             self._tokens = 8 + length + first
-            tables = {name: self._table(header[name], 8 + length) for name in _TABLES}
+            tables = {name: self._table(header[name], 8 + length, size) for name in _TABLES}
+            if len({len(table) for table in tables.values()}) != 1:
+                raise ValueError("tables of different lengths")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{self.path.name}: rotten features: {error!s}") from None
         self._start, self._length = tables["start"], tables["length"]
         self._caption, self._crc = tables["caption"], tables["crc"]
 
-    def _table(self, entry: dict[str, Any], base: int) -> np.ndarray:
+    def _table(self, entry: dict[str, Any], base: int, size: int) -> np.ndarray:
         first, last = entry["data_offsets"]
+        if not 0 <= first <= last <= size:
+            raise ValueError(f"a table from {first} to {last} of {size} bytes")
         data = os.pread(self._file, last - first, base + first)
         return np.frombuffer(data, _NUMPY[entry["dtype"]]).reshape(entry["shape"])
 

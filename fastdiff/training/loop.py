@@ -352,6 +352,8 @@ class Trainer:
             cache=data.cache,
             cache_gib=data.cache_gib,
         )
+        if isinstance(dataset, ShardDataset):
+            dataset.check_window(data.window)
         width = self.recipe.model.context_dim
         if data.embeddings is not None and isinstance(dataset, ShardDataset):
             assert dataset.embeddings is not None, "they were opened with it"

@@ -65,6 +65,16 @@ def test_the_order_does_not_change() -> None:
     assert SampleOrder(7, SIZES, 3).window(0).shards.tolist() == [0, 2, 7]
 
 
+def test_windows_of_one_size_are_mixed_differently() -> None:
+    order = SampleOrder(0, [10] * 4, 2)
+    assert order.windows == 2
+    ranks = []
+    for first in (0, 20):
+        window = [order.index(p) for p in range(first, first + 20)]
+        ranks.append([sorted(window).index(i) for i in window])
+    assert ranks[0] != ranks[1]
+
+
 def test_windows_are_even() -> None:
     order = SampleOrder(0, [10] * 17, 16)
     # Not sixteen and a rest of one, which would be read in its own order.
