@@ -221,16 +221,17 @@ def _clip_score(arguments: argparse.Namespace) -> dict[str, Any]:
 
     clip = CLIP(arguments.clip, device=_device(arguments))
     dataset = open_dataset(arguments.samples)
-    with _progress(len(dataset), "clip") as progress:
+    count = min(arguments.count or len(dataset), len(dataset))
+    with _progress(count, "clip") as progress:
         spread = caption_agreement(
-            dataset, clip.score, batch_size=arguments.batch_size, progress=progress
+            dataset, clip.score, count, batch_size=arguments.batch_size, progress=progress
         )
     return {
         "clip_score": spread.mean,
         "clip_score_std": spread.std,
         "clip": clip.name,
-        "count": len(dataset),
+        "count": count,
         "samples": {"path": arguments.samples},
-        **sample_settings(Path(arguments.samples)),
+        **sample_settings(_pictures(arguments.samples, arguments)),
         "evaluator": {"software": software()},
     }

@@ -28,7 +28,17 @@ from fastdiff.metrics.statistics import Statistics, measure, software, warn_if_f
 
 SCORES = ("fid", "kid", "precision_recall", "inception_score")
 #: What is taken over from the settings that sampling leaves with its pictures.
-SETTINGS = ("sampler", "steps", "guidance", "seeds", "model")
+SETTINGS = (
+    "sampler",
+    "steps",
+    "sampler_options",
+    "guidance",
+    "guidance_interval",
+    "guidance_rescale",
+    "seeds",
+    "model",
+    "process",
+)
 # As the sources of the scores have them.
 _SUBSETS, _SUBSET_SIZE, _NEIGHBOURS, _SPLITS = 100, 1000, 3, 10
 
@@ -55,12 +65,12 @@ def evaluate(
 
     Returns:
         JSON values: the numbers asked for; count, size; statistics, evaluator (versions and
-        extractor), crop, resize; and sampler, steps, guidance, seeds and model from the samples'
-        settings, null where these are not known.
+        extractor), crop, resize; and sampler, steps, guidance, seeds, model, ... from the samples'
+        settings (SETTINGS), null where these are not known.
 
     Raises:
         ValueError: an unknown score, one that lacks what it needs, or statistics of another
-            extractor, size of pictures or number of features.
+            extractor, size of pictures or number of features; samples that are not all there.
         BadSample: a picture that cannot be read; the error names it.
 
     Warns:
@@ -70,6 +80,7 @@ def evaluate(
     if unknown := sorted(set(scores) - set(SCORES)):
         raise ValueError(f"evaluate: scores {unknown}; expected names out of {SCORES}")
     reference = None if statistics is None else Statistics.load(statistics)
+    sampled = sample_settings(samples)
     by_features = bool({"kid", "precision_recall"} & set(scores))
     if reference is None and set(scores) != {"inception_score"}:
         raise ValueError("evaluate: no statistics; only the Inception score does without them")
@@ -105,7 +116,7 @@ def evaluate(
         "crop": about.get("crop"),
         "resize": about.get("resize"),
         "samples": {"path": str(samples.path), **{k: own.about[k] for k in ("crop", "resize")}},
-        **sample_settings(samples.path),
+        **sampled,
         "evaluator": {"extractor": own.about["extractor"], **settings, "software": software()},
     }
 
@@ -184,10 +195,27 @@ def check_comparable(reference: Statistics, extractor: Extractor, samples: Pictu
         )
 
 
-def sample_settings(samples: Path) -> dict[str, Any]:
-    """What SETTINGS names of the samples' settings; None where these are absent.
+def sample_settings(samples: Pictures) -> dict[str, Any]:
+    """What SETTINGS names of the samples' settings; None where absent.
 
-    They lie in a folder as `settings.json`, beside an archive as NAME.json.
+    Raises:
+        ValueError: settings that are not a JSON object, or of more pictures than are there: the
+            drawing was interrupted.
+    """
+    settings = _read_settings(samples.path)
+    planned = settings.get("count")
+    if isinstance(planned, int) and len(samples) == samples.total < planned:
+        raise ValueError(
+            f"evaluate: {samples.path} holds {samples.total} of the {planned} pictures of its "
+            "drawing; let it end, or say how many are to be judged"
+        )
+    return {name: settings.get(name) for name in SETTINGS}
+
+
+def _read_settings(samples: Path) -> dict[str, Any]:
+    """What sampling has left with its pictures, {} where there is nothing.
+
+    It lies in a folder as `settings.json`, beside an archive as NAME.json.
 
     Raises:
         ValueError: a file that is not a JSON object.
@@ -202,12 +230,13 @@ def sample_settings(samples: Path) -> dict[str, Any]:
         raise ValueError(f"evaluate: {path} is not JSON: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"evaluate: {path} is {type(settings).__name__}; expected an object")
-    return {name: settings.get(name) for name in SETTINGS}
+    return settings
 
 
 def caption_agreement(
     samples: CaptionedImages,
     score: Callable[[Tensor, list[str]], Tensor],
+    count: int | None = None,
     *,
     batch_size: int = 64,
     progress: Callable[[int], object] | None = None,
@@ -217,13 +246,14 @@ def caption_agreement(
     Args:
         samples: captioned pictures, as `fastdiff.data.open_dataset` opens them.
         score: (pictures (B, 3, H, W) in [-1, 1], B captions) -> (B,).
+        count: the first so many only; None for all.
         batch_size: pictures in a call of `score`.
         progress: called with the number of pictures done since its last call.
 
     Raises:
         BadSample: a picture or caption that cannot be read; the error names it.
     """
-    n = len(samples)
+    n = len(samples) if count is None else min(count, len(samples))
 
     def own() -> Iterator[Tensor | Exception]:
         for number in own_batches(-(-n // batch_size)):

@@ -57,6 +57,11 @@ class Pictures:
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def total(self) -> int:
+        """Pictures of the source, also beyond the count asked for."""
+        return len(self._source.keys)
+
     def key(self, index: int) -> str:
         """The name of picture number `index`."""
         return self._source.keys[index]

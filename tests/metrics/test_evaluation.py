@@ -197,6 +197,17 @@ def test_settings_of_an_archive_lie_beside_it(
     assert result["fid"] == fid(samples, statistics, torchscript, tmp_path / "2.json")["fid"]
 
 
+def test_samples_that_are_not_all_there_are_refused(
+    statistics: Path, torchscript: Path, tmp_path: Path
+) -> None:
+    folder = scenes.write_folder(tmp_path / "mine", n=20, resolution=16)
+    (folder / "settings.json").write_text(json.dumps({"count": 21, "steps": 50}))
+    with pytest.raises(SystemExit, match="holds 20 of the 21 pictures of its drawing"):
+        fid(folder, statistics, torchscript, tmp_path / "fid.json")
+    result = fid(folder, statistics, torchscript, tmp_path / "fid.json", "--count", "19")
+    assert (result["count"], result["steps"]) == (19, 50)
+
+
 def test_settings_that_are_no_object_are_refused(
     statistics: Path, torchscript: Path, tmp_path: Path
 ) -> None:
