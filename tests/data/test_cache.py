@@ -8,7 +8,9 @@ import json
 import logging
 import multiprocessing
 import os
+import random
 import shutil
+import signal
 import threading
 import time
 from collections import Counter
@@ -234,6 +236,44 @@ def test_processes_fetch_a_file_once(tmp_path: Path) -> None:
         assert server.tars() == {"a.tar": 1}
     finally:
         server.close()
+
+
+def churn(folder: Path, sources: list[Source], seed: int) -> None:
+    store, chance = ShardCache(folder, 4000), random.Random(seed)
+    for _ in range(150):
+        source = chance.choice(sources)
+        with store.held(source) as path:
+            assert path is not None
+            if path.read_bytes() != source.name.encode() * 1000:
+                os._exit(1)
+    os._exit(0)
+
+
+def test_processes_that_are_killed_leave_nothing_torn(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    sources = []
+    for name in "abcdefgh":
+        (tmp_path / "far" / name).write_bytes(name.encode() * 1000)
+        sources.append(Source(f"file://{tmp_path}/far/{name}", 1000))
+    fork = multiprocessing.get_context("fork")
+    arguments = [(tmp_path / "cache", sources, seed) for seed in range(6)]
+    jobs = [fork.Process(target=churn, args=a) for a in arguments]
+    for job in jobs:
+        job.start()
+    for job in jobs[:3]:
+        job.join(0.05)
+        job.kill()
+    for job in jobs:
+        job.join()
+    assert all(job.exitcode in (0, -signal.SIGKILL) for job in jobs[:3])
+    assert [job.exitcode for job in jobs[3:]] == [0] * 3
+    store = ShardCache(tmp_path / "cache", 4000)
+    for source in sources:
+        with store.held(source):
+            pass
+    left = [p for p in store.folder.iterdir() if p.is_file()]
+    assert sum(p.stat().st_size for p in left) <= 4000
+    assert not any(p.name.startswith(".") for p in left)
 
 
 def test_shards_in_memory_and_without_stats_are_counted_once(
