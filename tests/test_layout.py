@@ -26,6 +26,13 @@ MAY_IMPORT = {
     "fastdiff.diffusion": set(),
     "fastdiff.data": set(),
     "fastdiff.metrics": {"fastdiff.data"},
+    "fastdiff.sampling": {
+        "fastdiff.models",
+        "fastdiff.nn",
+        "fastdiff.ops",
+        "fastdiff.diffusion",
+        "fastdiff.data",
+    },
     "fastdiff.text": set(),
     "fastdiff.clip": set(),
     "fastdiff.grid": set(),
@@ -53,7 +60,11 @@ HOME = {
         "fastdiff/integrations/transformers.py",
     },
     "tokenizers": {"fastdiff/text.py"},
-    "diffusers": {"fastdiff/integrations/diffusers.py"},
+    "fsspec": {"fastdiff/data/cache.py"},
+    "diffusers": {
+        "fastdiff/integrations/diffusers.py",  # models and pipeline
+        "fastdiff/integrations/schedulers.py",
+    },
     "flash_attn": {"fastdiff/nn/attention.py"},
     "xformers": {"fastdiff/nn/attention.py"},
 }
@@ -117,6 +128,9 @@ def test_packages_import_only_what_lies_below_them() -> None:
         ("fastdiff.models.iuvit", "fastdiff.diffusion.schedules", False),
         ("fastdiff.models.iuvit", "fastdiff", False),
         ("fastdiff.training.loop", "fastdiff.models.create_model", True),
+        ("fastdiff.sampling.engine", "fastdiff.models.Backbone", True),
+        ("fastdiff.sampling.engine", "fastdiff.training.loop", False),
+        ("fastdiff.models.iuvit", "fastdiff.sampling", False),
     ],
 )
 def test_the_import_check_tells_right_from_wrong(importer: str, module: str, allowed: bool) -> None:
