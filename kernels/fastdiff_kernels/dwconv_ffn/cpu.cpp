@@ -16,6 +16,7 @@ struct DwconvTile {
   int64_t prefix, rows, columns, channels, stride;
   const void *z, *dy;
   const float *weight, *bias;  // (9, channels of all), weight_stride apart; (channels,)
+  const float* z_bias;         // (channels,), to be added to z first; or null
   int64_t weight_stride;
   void *y, *dz;
   float* scratch;  // dwconv_scratch(columns) floats
@@ -50,14 +51,16 @@ struct Ring {
 
   float* row(int64_t i) const { return first + (i + 3) % 3 * dwconv_row(columns); }
 
-  // Fills row i: the pixels of `from`, `stride` apart, or zeros where it is null.
+  // Fills row i: the pixels of `from`, `stride` apart, or zeros where it is null; plus `bias`.
   template <class T>
-  void fill(int64_t i, const T* from, int64_t stride, int64_t channels) const {
+  void fill(int64_t i, const T* from, int64_t stride, int64_t channels, const float* bias) const {
     float* to = row(i);
     for (int64_t j = 0; j < columns + 2; ++j, to += dwconv_block)
       for_vectors(channels, [&](int64_t c, auto part) {
         const bool inside = from && 0 < j && j <= columns;
-        store(to + c, inside ? load(from + (j - 1) * stride + c, part) : V{});
+        V z = inside ? load(from + (j - 1) * stride + c, part) : V{};
+        if (inside && bias) z += load(bias + c, part);
+        store(to + c, z);
       });
   }
 };
@@ -135,7 +138,8 @@ template <class T, class F>
 FASTDIFF_INLINE void for_grid_rows(const DwconvTile& a, const T* grid, const Ring& ring, F f) {
   const auto fill = [&](int64_t i) {
     const bool inside = 0 <= i && i < a.rows;
-    ring.fill(i, inside ? grid + i * a.columns * a.stride : nullptr, a.stride, a.channels);
+    ring.fill(i, inside ? grid + i * a.columns * a.stride : nullptr, a.stride, a.channels,
+              a.z_bias);
   };
   fill(-1);
   fill(0);
@@ -153,13 +157,20 @@ void write_row(const DwconvTile& a, const float* from, T* to) {
                 [&](int64_t c, auto part) { store(to + c, load(from + c, part), part); });
 }
 
+// The channels at c of a token outside the grid.
+template <class T>
+FASTDIFF_INLINE V outside(const DwconvTile& a, const T* z, int64_t c, auto part) {
+  const V x = load(z + c, part);
+  return a.z_bias ? x + load(a.z_bias + c, part) : x;
+}
+
 template <class T>
 void forward(const DwconvTile& a) {
   const T* z = static_cast<const T*>(a.z);
   T* y = static_cast<T*>(a.y);
   for (int64_t t = 0; t < a.prefix; ++t)
     for_vectors(a.channels, [&](int64_t c, auto part) {
-      store(y + t * a.stride + c, gelu(load(z + t * a.stride + c, part)), part);
+      store(y + t * a.stride + c, gelu(outside(a, z + t * a.stride, c, part)), part);
     });
   const int64_t first = a.prefix * a.stride;
   const Ring ring{a.scratch, a.columns};
@@ -225,7 +236,7 @@ void backward(const DwconvTile& a) {
     for_vectors(a.channels, [&](int64_t c, auto part) {
       const int64_t at = t * a.stride + c;
       V slope;
-      const V out = gelu_and_slope(load(z + at, part), &slope);
+      const V out = gelu_and_slope(outside(a, z + t * a.stride, c, part), &slope);
       if (y) store(y + at, out, part);
       const V d = load(dy + at, part) * slope;
       if (dz) store(dz + at, d, part);
@@ -236,7 +247,7 @@ void backward(const DwconvTile& a) {
   const Ring d_ring{a.scratch + 3 * dwconv_row(a.columns), a.columns};
   float* results = a.scratch + 6 * dwconv_row(a.columns);
   const auto at = [&](auto* grid, int64_t i) { return grid + first + i * a.columns * a.stride; };
-  const auto no_row = [&](int64_t i) { d_ring.fill<float>(i, nullptr, 0, a.channels); };
+  const auto no_row = [&](int64_t i) { d_ring.fill<float>(i, nullptr, 0, a.channels, nullptr); };
   const auto write_dz = [&](int64_t i) {
     for_vectors(a.channels, [&](int64_t c, auto part) {
       const Taps taps(a, c, part);
@@ -253,7 +264,7 @@ void backward(const DwconvTile& a) {
   };
   no_row(-1);
   for_grid_rows(a, z + first, ring, [&](int64_t i) {
-    d_ring.fill(i, at(dy, i), a.stride, a.channels);
+    d_ring.fill(i, at(dy, i), a.stride, a.channels, nullptr);
     slopes_of_row(a, ring, d_ring, i, y ? results : nullptr, [&](int64_t offset, auto pixels) {
       prefetch_pixels(at(z, i + 2) + offset, a.stride, pixels);
       prefetch_pixels(at(dy, i + 1) + offset, a.stride, pixels);
@@ -299,8 +310,8 @@ struct Call {
   int64_t batch, tokens, channels, bytes, blocks;
   DwconvTile all{};
 
-  Call(const Tensor& z, const Tensor& weight, const Tensor& bias, int64_t rows, int64_t columns,
-       int64_t prefix)
+  Call(const Tensor& z, const MaybeTensor& z_bias, const Tensor& weight, const Tensor& bias,
+       int64_t rows, int64_t columns, int64_t prefix)
       : dtype(z.scalar_type()),
         batch(z.size(0)),
         tokens(z.size(1)),
@@ -316,6 +327,7 @@ struct Call {
     all.columns = columns;
     all.stride = all.weight_stride = channels;
     all.z = data(op, "z", z, dtype, numel());
+    all.z_bias = floats(op, "z_bias", z_bias, channels);
     all.weight = floats(op, "weight", weight, 9 * channels);
     all.bias = floats(op, "bias", bias, channels);
   }
@@ -343,24 +355,25 @@ struct Call {
       t.dz = moved(all.dz);
       t.weight = all.weight + c;
       t.bias = all.bias + c;
+      if (all.z_bias) t.z_bias = all.z_bias + c;
       f(image, c, t);
     });
   }
 };
 
-void forward(const Tensor& z, const Tensor& weight, const Tensor& bias, int64_t rows,
-             int64_t columns, int64_t prefix, const Tensor& y) {
-  Call c(z, weight, bias, rows, columns, prefix);
+void forward(const Tensor& z, const MaybeTensor& z_bias, const Tensor& weight, const Tensor& bias,
+             int64_t rows, int64_t columns, int64_t prefix, const Tensor& y) {
+  Call c(z, z_bias, weight, bias, rows, columns, prefix);
   c.all.y = fresh(data(op, "y", y, c.dtype, c.numel()), c.numel() * c.bytes);
   const auto kernel = FASTDIFF_PICK(dwconv_gelu_tile);
   c.each_piece([&](int64_t, int64_t, const DwconvTile& t) { kernel(t); });
 }
 
-void backward(const Tensor& dy, const Tensor& z, const Tensor& weight, const Tensor& bias,
-              int64_t rows, int64_t columns, int64_t prefix, const MaybeTensor& y,
-              const MaybeTensor& dz, const MaybeTensor& dweight, const MaybeTensor& dbias,
-              const MaybeTensor& sum_dz) {
-  Call c(z, weight, bias, rows, columns, prefix);
+void backward(const Tensor& dy, const Tensor& z, const MaybeTensor& z_bias, const Tensor& weight,
+              const Tensor& bias, int64_t rows, int64_t columns, int64_t prefix,
+              const MaybeTensor& y, const MaybeTensor& dz, const MaybeTensor& dweight,
+              const MaybeTensor& dbias, const MaybeTensor& sum_dz) {
+  Call c(z, z_bias, weight, bias, rows, columns, prefix);
   const int64_t C = c.channels;
   c.all.dy = data(op, "dy", dy, c.dtype, c.numel());
   c.all.y = fresh(data(op, "y", y, c.dtype, c.numel()), c.numel() * c.bytes);
@@ -406,10 +419,12 @@ void huge_pages(const Tensor& x) {
 STABLE_TORCH_LIBRARY_FRAGMENT(fastdiff_native, m) {
   m.def("huge_pages(Tensor(a!) x) -> ()");
   m.def(
-      "dwconv_gelu_forward(Tensor z, Tensor weight, Tensor bias, int rows, int columns, "
+      "dwconv_gelu_forward(Tensor z, Tensor? z_bias, Tensor weight, Tensor bias, int rows, int "
+      "columns, "
       "int prefix, Tensor(a!) y) -> ()");
   m.def(
-      "dwconv_gelu_backward(Tensor dy, Tensor z, Tensor weight, Tensor bias, int rows, "
+      "dwconv_gelu_backward(Tensor dy, Tensor z, Tensor? z_bias, Tensor weight, Tensor bias, int "
+      "rows, "
       "int columns, int prefix, Tensor(a!)? y, Tensor(b!)? dz, Tensor(c!)? dweight, "
       "Tensor(d!)? dbias, Tensor(e!)? sum_dz) -> ()");
 }

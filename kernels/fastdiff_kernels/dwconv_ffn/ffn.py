@@ -26,6 +26,7 @@ def make(
     *,
     prepare: Callable[[Tensor], None] = lambda tensor: None,
     in_place: bool = False,
+    takes_bias: bool = False,
 ) -> Callable[..., Any]:
     """The op in normal form, differentiable.
 
@@ -38,7 +39,12 @@ def make(
             (C,) of dz over all tokens, which is asked for only with dz.
         prepare: takes a new tensor of the hidden width, before a matrix product fills it.
         in_place: gelu_backward can write dz over dy.
+        takes_bias: gelu and gelu_backward take z_bias, fc1's bias, which z is then without: where
+            a matrix product would write the bias to memory first and add to it.
     """
+
+    def given(fc1_bias: _Maybe) -> dict[str, Tensor]:
+        return {"z_bias": fc1_bias} if takes_bias and fc1_bias is not None else {}
 
     def forward(
         results: Sequence[Tensor],
@@ -54,9 +60,9 @@ def make(
     ) -> None:
         out, z, taps = results
         prepare(z)
-        _linear(x, fc1_weight, fc1_bias, z)
+        _linear(x, fc1_weight, None if takes_bias else fc1_bias, z)
         y = torch.empty_like(z)
-        gelu((y, taps), z, conv_weight, conv_bias, grid, prefix)
+        gelu((y, taps), z, conv_weight, conv_bias, grid, prefix, **given(fc1_bias))
         _linear(y, fc2_weight, fc2_bias, out)
 
     def backward(
@@ -90,10 +96,13 @@ def make(
                 dz = dy if in_place else torch.empty_like(z)
             torch.mm(d_out, fc2_weight.to(x.dtype), out=dy.flatten(0, 1))
             filled = dz, d_conv_weight, d_conv_bias
-            gelu_backward(filled, dy, z, taps, conv_bias, grid, prefix, y, d_fc1_bias)
+            gelu_backward(
+                *(filled, dy, z, taps, conv_bias, grid, prefix, y, d_fc1_bias), **given(fc1_bias)
+            )
             del dy
         elif y is not None:
-            gelu((y, torch.empty_like(taps)), z, conv_weight, conv_bias, grid, prefix)
+            results = y, torch.empty_like(taps)
+            gelu(results, z, conv_weight, conv_bias, grid, prefix, **given(fc1_bias))
         if d_fc2_weight is not None and y is not None:
             _product(d_out.t(), y.flatten(0, 1), d_fc2_weight)
             del y

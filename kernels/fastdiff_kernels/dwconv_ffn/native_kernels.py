@@ -25,12 +25,18 @@ def forward(
     bias: Tensor,
     grid: Sequence[int],
     prefix: int,
+    z_bias: _Maybe = None,
 ) -> None:
-    """Fills y, like z, and taps (9, C) in float32: the weight as the kernels read it."""
+    """Fills y, like z, and taps (9, C) in float32: the weight as the kernels read it.
+
+    Args:
+        z_bias: (C,), to be added to z first.
+    """
     y, taps = results
     taps.copy_(weight.reshape(weight.shape[0], 9).t())
-    torch.ops.fastdiff_native.dwconv_gelu_forward(
-        z.contiguous(), taps, _native.float32(bias), *grid, prefix, y
+    vectors = _native.float32(z_bias), taps, _native.float32(bias)
+    torch.ops.fastdiff_native.dwconv_gelu_forward.default(
+        z.contiguous(), *vectors, *grid, prefix, y
     )
 
 
@@ -44,6 +50,7 @@ def backward(
     prefix: int,
     y: _Maybe = None,
     sum_dz: _Maybe = None,
+    z_bias: _Maybe = None,
 ) -> None:
     """Fills those of (dz, dweight, dbias) that are there; y again; and the sum of dz over tokens.
 
@@ -51,14 +58,16 @@ def backward(
         dz: may be dy.
         y: to fill, like z and contiguous.
         sum_dz: (C,), to fill; only with dz.
+        z_bias: as in `forward`.
     """
     dz, dweight, dbias = gradients
     z = z.contiguous()
     to_dz = dz if dz is None or dz.is_contiguous() else dz.new_empty(dz.shape)
     dtaps = None if dweight is None else torch.empty_like(taps)
     with _native.float32_buffers((dbias, sum_dz)) as sums:
-        torch.ops.fastdiff_native.dwconv_gelu_backward(
-            dy.contiguous(), z, taps, _native.float32(bias), *grid, prefix, y, to_dz, dtaps, *sums
+        vectors = _native.float32(z_bias), taps, _native.float32(bias)
+        torch.ops.fastdiff_native.dwconv_gelu_backward.default(
+            dy.contiguous(), z, *vectors, *grid, prefix, y, to_dz, dtaps, *sums
         )
     if dz is not None and to_dz is not None and to_dz is not dz:
         dz.copy_(to_dz)
@@ -95,5 +104,10 @@ gelu = _register.kernel(
 )
 
 ffn = _ffn.make(
-    "dwconv_ffn_native", forward, backward, prepare=_native.huge_pages, in_place=True
+    "dwconv_ffn_native",
+    forward,
+    backward,
+    prepare=_native.huge_pages,
+    in_place=True,
+    takes_bias=True,
 )
