@@ -51,6 +51,7 @@ def example_calls(device: torch.device) -> dict[str, tuple[Callable[..., Any], t
             {"num_groups": 8},
         ),
         "layer_norm_modulate": (ops.layer_norm_modulate, (new(1, 16, 32), new(32), new(32)), {}),
+        "philox_bits": (ops.philox_bits, (seeds, 0, (3, 8, 8)), {}),
         "philox_normal": (ops.philox_normal, (seeds, 0, (3, 8, 8)), {}),
     }
 

@@ -20,6 +20,7 @@ from fastdiff.nn import (
     Checkpointed,
     FusedAttention,
     FusedSpatialAttention,
+    ProjectedText,
     SpatialAttention,
     Text,
     as_timesteps,
@@ -132,7 +133,7 @@ class Backbone(nn.Module):
         self,
         x: Tensor,
         t: int | float | Tensor,
-        context: Tensor | None = None,
+        context: Tensor | ProjectedText | None = None,
         *,
         context_mask: Tensor | None = None,
         pooled: Tensor | None = None,
@@ -143,7 +144,8 @@ class Backbone(nn.Module):
         Args:
             x: (B, C, H, W), image in [-1, 1] plus noise.
             t: Time in steps 0..999; int, float, or tensor of shape (), (1,) or (B,).
-            context: (B, S, context_dim) text features, None = null condition.
+            context: (B, S, context_dim) text features, None = null condition; or what
+                `project_text` made of these, with the mask and the pooled text in it.
             context_mask: (B, S) bool, True = valid; a row of False = null condition.
             pooled: (B, context_dim), None = mean of the valid positions.
             y: (B,) int64 labels; `num_classes` or None = no label.
@@ -159,17 +161,64 @@ class Backbone(nn.Module):
         self.check_conditions(batch, context, context_mask, pooled, y)
 
         emb = self.time(as_timesteps(t, batch, x.device))
-        text = None
+        text: Text | None = None
         if self.text is not None and self.time_text is not None:
-            context, mask, pooled = self.text(context, context_mask, pooled, batch)
+            if isinstance(context, ProjectedText):
+                text, pooled = (context, context.mask), context.pooled
+            else:
+                features, mask, pooled = self.text(context, context_mask, pooled, batch)
+                text = (features, mask)
             emb = self.time_text(emb.to(self.dtype), pooled)
-            text = (context, mask)
         label = None if self.label is None else self.label(y, batch)
         return self.denoise(x.to(self.dtype), emb, label, text).to(x.dtype)
 
     def denoise(self, x: Tensor, emb: Tensor, label: Tensor | None, text: Text | None) -> Tensor:
         """The network itself, on checked inputs in its own dtype."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def project_text(
+        self,
+        context: Tensor,
+        *,
+        context_mask: Tensor | None = None,
+        pooled: Tensor | None = None,
+    ) -> ProjectedText:
+        """Make each layer's keys and values of a text, once for all steps of a sample.
+
+        Positions behind the last valid one of any row are cut off, to a multiple of 16.
+
+        Args:
+            context, context_mask, pooled: As `forward` takes them. Where the rows without text
+                (mask all False) are the last ones, as in guidance, cross-attention skips them.
+
+        Returns:
+            What `forward` takes in place of the context; without gradient. With other weights, or
+            under another autocast, it is out of date.
+
+        Raises:
+            ValueError: As `forward`.
+
+        Numerics: The model's output is that of the text itself up to rounding.
+        """
+        batch = context.shape[0]
+        self.check_conditions(batch, context, context_mask, pooled, None)
+        assert self.text is not None, "checked"
+        features, mask, pooled = self.text(context, context_mask, pooled, batch)
+        has_text = [True] * batch if context_mask is None else context_mask.any(1).tolist()
+        rows = sum(has_text) if has_text == sorted(has_text, reverse=True) else batch
+        last = int(mask.any(0).nonzero().max()) if batch else 0
+        features, mask = (tensor[:, : -(-(last + 1) // 16) * 16] for tensor in (features, mask))
+        kv: dict[nn.Module, Tensor] = {}
+        null: dict[nn.Module, Tensor] = {}
+        for module in self.modules():
+            if isinstance(module, MHCA):
+                kv[module.kv] = module.kv(features[:rows])
+                if rows < batch:
+                    null[module.kv] = module.attend_nothing(module.kv(features[-1:, :1]))
+            elif isinstance(module, (FusedAttention, FusedSpatialAttention)):
+                kv[module.text_kv] = module.text_kv(features)
+        return ProjectedText(kv, mask, pooled, rows, null)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -227,7 +276,7 @@ class Backbone(nn.Module):
     def check_conditions(
         self,
         batch: int,
-        context: Tensor | None,
+        context: Tensor | ProjectedText | None,
         context_mask: Tensor | None,
         pooled: Tensor | None,
         y: Tensor | None,
@@ -238,7 +287,14 @@ class Backbone(nn.Module):
             raise ValueError(f"{name}: context_mask or pooled given without context")
         if y is not None and y.shape != (batch,):
             raise ValueError(f"{name}: y has shape {tuple(y.shape)}, expected ({batch},)")
-        if context is not None and self.config.context_dim is None:
+        if isinstance(context, ProjectedText):
+            if context_mask is not None or pooled is not None:
+                raise ValueError(f"{name}: context_mask or pooled given with a projected text")
+            if context.mask.shape[0] != batch:
+                raise ValueError(
+                    f"{name}: projected text of batch {context.mask.shape[0]}, expected {batch}"
+                )
+        elif context is not None and self.config.context_dim is None:
             raise ValueError(
                 f"{name}: context of width {context.shape[-1]} given, but the model has "
                 "context_dim=None; create it with context_dim set to the text encoder's width"

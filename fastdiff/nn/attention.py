@@ -7,6 +7,7 @@ d head width, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,36 @@ from fastdiff.nn.norms import GroupNormSiLU
 
 IMPLEMENTATIONS = ("sdpa", "flash", "xformers")
 
-Text = tuple[Tensor, Tensor]  # context (B, S, width), mask (B, S) bool with no row all False
+
+@dataclass(frozen=True, eq=False)
+class ProjectedText:
+    """A text as the layers of one model read it, for many calls with the same text.
+
+    `Backbone.project_text` makes it; the model takes it in place of the context.
+
+    Args:
+        kv: Of each layer's Linear over the text, its keys and values, (B, S, 2 D); of the first
+            `rows` rows alone where no more are read.
+        mask: (B, S) bool, True = valid, with no row all False.
+        pooled: (B, width).
+        rows: B, or fewer where the rows behind have no text: attending to the null condition's one
+            key gives its value, whatever the query.
+        null: What `MHCA` then gives for them, (1, 1, D), by the same Linear; empty where rows = B.
+    """
+
+    kv: dict[nn.Module, Tensor]
+    mask: Tensor
+    pooled: Tensor
+    rows: int
+    null: dict[nn.Module, Tensor]
+
+    def tensors(self) -> list[Tensor]:
+        """All of it, in a fixed order."""
+        return [*self.kv.values(), *self.null.values(), self.mask, self.pooled]
+
+
+# Context (B, S, width) or what was made of it, and mask (B, S) bool with no row all False.
+Text = tuple[Tensor | ProjectedText, Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -230,11 +260,29 @@ class MHCA(nn.Module):
         self.kv = nn.Linear(context_dim, 2 * dim, bias=False)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | ProjectedText, mask: Tensor) -> Tensor:
         """x (B, L, D), context (B, S, width), mask (B, S) bool with no row all False: (B, L, D)."""
+        if not isinstance(context, ProjectedText):
+            return self.attend(x, self.kv(context), mask)
+        rows, rest = context.rows, x.shape[0] - context.rows
+        if not rest:
+            return self.attend(x, context.kv[self.kv], mask)
+        out = context.null[self.kv].expand(rest, x.shape[1], -1)
+        if rows:
+            attended = self.attend(x[:rows], context.kv[self.kv], mask[:rows])
+            out = torch.cat([attended, out.to(attended.dtype)])
+        return out
+
+    def attend(self, x: Tensor, kv: Tensor, mask: Tensor) -> Tensor:
+        """x (B, L, D), kv (B, S, 2 D), mask (B, S): (B, L, D)."""
         q = rearrange(self.q(x), "b l (n d) -> b l n d", n=self.heads)
-        k, v = rearrange(self.kv(context), "b s (two n d) -> two b s n d", two=2, n=self.heads)
+        k, v = rearrange(kv, "b s (two n d) -> two b s n d", two=2, n=self.heads)
         return self.proj(attention(q, k, v, mask, implementation=self.implementation).flatten(2))
+
+    def attend_nothing(self, kv: Tensor) -> Tensor:
+        """`attend` of any query where one key alone is valid: its kv (1, 1, 2 D) to (1, 1, D)."""
+        out: Tensor = self.proj(kv.chunk(2, dim=2)[1])
+        return out
 
 
 class FusedAttention(MHSA):
@@ -257,13 +305,19 @@ class FusedAttention(MHSA):
         super().__init__(dim, head_dim=head_dim)
         self.text_kv = nn.Linear(context_dim, 2 * dim, bias=False)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, context: Tensor | ProjectedText, mask: Tensor
+    ) -> Tensor:
         """x (B, L, D), context (B, S, width), mask (B, S) bool: (B, L, D)."""
         q, k, v = rearrange(self.qkv(x), "b l (three n d) -> three b l n d", three=3, n=self.heads)
-        out = attend_image_and_text(
-            q, k, v, self.text_kv(context), mask, implementation=self.implementation
-        )
+        kv = _keys_and_values(self.text_kv, context)
+        out = attend_image_and_text(q, k, v, kv, mask, implementation=self.implementation)
         return self.proj(out)
+
+
+def _keys_and_values(text_kv: nn.Module, context: Tensor | ProjectedText) -> Tensor:
+    made: Tensor = context.kv[text_kv] if isinstance(context, ProjectedText) else text_kv(context)
+    return made
 
 
 def attend_image_and_text(
@@ -345,6 +399,5 @@ class FusedSpatialAttention(SpatialAttention):
         if text is None:
             raise ValueError("FusedSpatialAttention: text is needed, got None")
         context, mask = text
-        return attend_image_and_text(
-            q, k, v, self.text_kv(context), mask, implementation=self.implementation
-        )
+        kv = _keys_and_values(self.text_kv, context)
+        return attend_image_and_text(q, k, v, kv, mask, implementation=self.implementation)
