@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import fastdiff
-from fastdiff import _evaluate
+from fastdiff import _evaluate, _sample
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -157,6 +157,7 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--tolerance", type=float, default=1e-4, help="default 1e-4")
     verify.set_defaults(run=_verify)
 
+    _sample.add_command(commands)
     _evaluate.add_commands(commands)
     embed = commands.add_parser(
         "embed-text",

@@ -32,10 +32,13 @@ def test_train_then_sample_then_demo(tmp_path):
 
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a blue bar\n\na green cross\n")
-    arguments = ["--prompts-file", str(prompts), "--count", "2", "--out", "grid.png"]
-    done = run(tmp_path, "sample.py", "a red disc", *arguments, "--run", "runs/demo")
+    arguments = ["--prompt", "a red disc", "--prompts-file", str(prompts), "--count", "2"]
+    done = run(tmp_path, "sample.py", "runs/demo", "drawn", *arguments, "--grid", "grid.png")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "grid.png"
+    assert done.stdout.split() == ["grid.png", "drawn"]
+    assert len(list((tmp_path / "drawn").glob("*.png"))) == 6
+    settings = json.loads((tmp_path / "drawn/settings.json").read_text())
+    assert (settings["steps"], settings["guidance"]) == (2, 2.0)  # the run's own
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size[0] > 2 * 128  # six pictures of at least 128 pixels
 
@@ -60,6 +63,9 @@ def test_errors_say_what_to_do(tmp_path):
     done = run(tmp_path, "t2i.py", "--config", "demo", "--data.path", "nowhere")
     assert "nowhere does not exist; expected a folder with metadata.jsonl" in done.stderr
     assert "Traceback" not in done.stderr
-    done = run(tmp_path, "sample.py", "--run", "nowhere")
-    assert "nowhere holds no checkpoint; train first" in done.stderr
+    done = run(tmp_path, "sample.py", "nowhere", "drawn")
+    assert "nowhere is no folder and no preset" in done.stderr
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    done = run(tmp_path, "sample.py", "empty", "drawn")
+    assert "empty holds no checkpoint; train first" in done.stderr
     assert "Traceback" not in done.stderr
