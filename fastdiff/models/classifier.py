@@ -29,13 +29,13 @@ from fastdiff.nn.attention import attention
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig(HierarchicalConfig):
-    """Configuration of the classifier; the defaults are ADM's for 64x64.
+    """Configuration of the classifier; the defaults are those of ADM's code.
 
     Args:
         image_size: Pixels of a side, or (H, W); pictures of another size are refused.
         in_channels, channels, depth, multipliers, attention_resolutions, head_dim, dropout, groups:
             as in `UNetConfig`. ADM's multipliers: 1,2,3,4 for 64, 1,1,2,3,4 for 128 and
-            1,1,2,2,4,4 for 256 pixels.
+            1,1,2,2,4,4 for 256 pixels; its published 64x64 classifier has depth 4.
         num_classes: K.
     """
 

@@ -32,7 +32,7 @@ STATE_FILE = "state.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierRun:
-    """A training run of a classifier; the values are ADM's for 64x64 where it has them.
+    """A training run of a classifier; the values are those that ADM's code gives for 128x128.
 
     Args:
         data: Folder with a folder of pictures for each label.
@@ -58,7 +58,7 @@ class ClassifierRun:
     model: ClassifierConfig = field(default_factory=ClassifierConfig)
     schedule: Literal["linear", "cosine"] = "cosine"
     timesteps: int = 1000
-    batch_size: int = 1024
+    batch_size: int = 256
     max_steps: int = 300_000
     lr: float = 3e-4
     weight_decay: float = 0.05
@@ -102,7 +102,7 @@ def train_classifier(run: ClassifierRun, device: torch.device | str = "cpu") -> 
         BadSampleError: too many pictures cannot be read.
         FloatingPointError: the loss is not finite.
 
-    Source: Dhariwal and Nichol 2021, section 4.3 and Table 13.
+    Source: Dhariwal and Nichol 2021, section 4.3; its code's `classifier_train.py`.
     """
     dataset = LabelledFolder(run.data)
     config = dataclasses.replace(run.model, num_classes=len(dataset.labels))
