@@ -34,6 +34,7 @@ def _checkpoint_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--weights", metavar="NAME", help="which, where the file has several sets")
     command.add_argument("--image-size", type=int, metavar="PIXELS", help="where the file has none")
     command.add_argument("--head-dim", type=int, metavar="WIDTH", help="of a head, default 64")
+    command.add_argument("--heads", type=int, help="of ADM, where every level has as many")
     command.add_argument(
         "--attention-order",
         choices=["legacy", "new"],
@@ -44,7 +45,7 @@ def _checkpoint_options(command: argparse.ArgumentParser) -> None:
 def _imported(arguments: argparse.Namespace) -> tuple[str, Any]:
     from fastdiff.integrations.importers import Options
 
-    names = ("layout", "weights", "image_size", "head_dim", "attention_order")
+    names = ("layout", "weights", "image_size", "head_dim", "heads", "attention_order")
     return arguments.checkpoint, Options(**{name: getattr(arguments, name) for name in names})
 
 

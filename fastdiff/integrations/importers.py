@@ -38,6 +38,8 @@ class Options:
         image_size: Pixels of a side. None: from the position embeddings, or from a file name with
             "64x64" in it.
         head_dim: d; None: as published (72 for U-ViT-H, else 64).
+        heads: Of ADM, where their number is the same at every level and not their width
+            (`num_heads`). None: 4 for a file named 128x128_diffusion, as published.
         attention_order: Of ADM's qkv rows: "legacy" (N, 3, d) or "new" (3, N, d), which is
             `use_new_attention_order`. None: "new" for a file named 64x64_diffusion, else "legacy".
         null_label: Whether U-ViT's last label means "no label". None: where there are 1001.
@@ -47,6 +49,7 @@ class Options:
     weights: str | None = None
     image_size: int | None = None
     head_dim: int | None = None
+    heads: int | None = None
     attention_order: str | None = None
     null_label: bool | None = None
 
@@ -252,7 +255,7 @@ def _plan_adm(state: State, options: Options, file: Path) -> tuple[Plan, Options
             "import_checkpoint: the U-Net has no output convolution out.2; ADM's classifiers have "
             "no counterpart among our models"
         )
-    image_size, head_dim = options.image_size, options.head_dim
+    image_size, head_dim, heads = options.image_size, options.head_dim, options.heads
     named = re.search(r"(\d+)x\1", file.name)
     if image_size is None and named:
         image_size = int(named[1])
@@ -260,11 +263,12 @@ def _plan_adm(state: State, options: Options, file: Path) -> tuple[Plan, Options
         raise ValueError(
             "import_checkpoint: ADM's weights do not say their image size; give image_size"
         )
-    if head_dim is None and file.name.startswith("128x128_diffusion"):
+    if head_dim is not None and heads is not None:
         raise ValueError(
-            "import_checkpoint: ADM at 128x128 has 4 heads at every level, so heads of different "
-            "widths, which our U-Net has not; give head_dim if this is another model"
+            f"import_checkpoint: head_dim={head_dim} and heads={heads}, expected one of them"
         )
+    if head_dim is None and file.name.startswith("128x128_diffusion"):
+        heads = heads or 4
     head_dim = head_dim or 64
     order = options.attention_order
     if order is None:
@@ -302,9 +306,10 @@ def _plan_adm(state: State, options: Options, file: Path) -> tuple[Plan, Options
         parts = {"qkv": 3, "text_kv": 2}.get(key.split(".")[-2])
         if parts is None or order == "new":
             return value
-        rows = value.unflatten(0, (-1, parts, head_dim))
+        rows = value.unflatten(0, (heads or -1, parts, -1 if heads else head_dim))
         return rows.transpose(0, 1).flatten(0, 2)
 
+    wide = f"{heads} heads at every level" if heads else f"heads {head_dim} wide"
     plan = Plan(
         "UNet",
         {
@@ -316,18 +321,24 @@ def _plan_adm(state: State, options: Options, file: Path) -> tuple[Plan, Options
             "multipliers": tuple(width / channels for width in widths),
             "attention_resolutions": tuple(image_size >> level for level in attended),
             "head_dim": head_dim,
+            "heads": heads,
             "num_classes": labels,
         },
         lambda key: _rename_adm(key, depth, levels, set(attended)),
         convert,
-        notes=[f"image size {image_size}, heads {head_dim} wide, attention order {order}"],
+        notes=[f"image size {image_size}, {wide}, attention order {order}"],
     )
     if out_channels not in (in_channels, 2 * in_channels):
         plan.fields["out_channels"] = out_channels
     if labels:
         plan.notes.append(f"the {labels} labels hold none for 'no label'; ours is zero")
     return plan, replace(
-        options, layout="adm", image_size=image_size, head_dim=head_dim, attention_order=order
+        options,
+        layout="adm",
+        image_size=image_size,
+        head_dim=None if heads else head_dim,
+        heads=heads,
+        attention_order=order,
     )
 
 

@@ -29,6 +29,7 @@ class ASCENDConfig(HierarchicalConfig):
         attention_resolutions: Sides, in pixels of a square `image_size`, at which there is
             attention.
         head_dim: Width of an attention head.
+        heads: Number of heads at every level in place of `head_dim`, None = by it.
         dropout: Rate in ResBlocks (ADM's place) and on the branches of Swin layers.
         groups: Groups of every GroupNorm.
         context_dim: Width of the text encoder, None without text.

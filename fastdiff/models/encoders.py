@@ -64,7 +64,7 @@ def swin_block(
         config.emb_dim if timed else None,
         skip_channels=skip_channels,
         window=config.window,
-        head_dim=config.head_dim,
+        head_dim=config.head_width(channels),
         context_dim=context_dim,
         ffn=config.ffn,
         dropout=config.dropout,
@@ -75,7 +75,7 @@ def spatial_attention(
     channels: int, config: HierarchicalConfig, context_dim: int | None
 ) -> SpatialAttention:
     """ADM's attention, with the text's keys and values beside where there is text."""
-    head_dim, groups = config.head_dim, config.groups
+    head_dim, groups = config.head_width(channels), config.groups
     if context_dim is None:
         return SpatialAttention(channels, head_dim=head_dim, groups=groups)
     return FusedSpatialAttention(channels, context_dim, head_dim=head_dim, groups=groups)

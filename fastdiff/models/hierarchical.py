@@ -37,6 +37,7 @@ class HierarchicalConfig(BackboneConfig):
     multipliers: tuple[float, ...] = (1, 2, 2, 2)
     attention_resolutions: tuple[int, ...] = (16, 8)
     head_dim: int = 64
+    heads: int | None = None
     dropout: float = 0.0
     groups: int = 32
     text_norm: bool = False
@@ -84,10 +85,13 @@ class HierarchicalConfig(BackboneConfig):
                 raise ValueError(
                     f"{name}: groups={self.groups} does not divide a level's {channels}"
                 )
+        if self.heads is not None:
+            check_positive(name, self, ("heads",))
+        what, least = ("heads", self.heads) if self.heads else ("head_dim", self.head_dim)
         for level in (*self.attention_levels, len(self.multipliers) - 1):
-            if self.level_channels[level] % self.head_dim:
+            if self.level_channels[level] % least:
                 raise ValueError(
-                    f"{name}: head_dim={self.head_dim} does not divide the "
+                    f"{name}: {what}={least} does not divide the "
                     f"{self.level_channels[level]} channels of an attention level"
                 )
 
@@ -106,6 +110,10 @@ class HierarchicalConfig(BackboneConfig):
         """Levels at which there is attention, the first level being 0."""
         side, levels = min(self.sides), range(len(self.multipliers))
         return tuple(level for level in levels if side >> level in self.attention_resolutions)
+
+    def head_width(self, channels: int) -> int:
+        """Width of an attention head among so many channels."""
+        return channels // self.heads if self.heads else self.head_dim
 
     @property
     def emb_dim(self) -> int:

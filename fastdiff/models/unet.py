@@ -23,6 +23,7 @@ class UNetConfig(HierarchicalConfig):
         attention_resolutions: Sides, in pixels of a square `image_size`, at which there is
             attention.
         head_dim: Width of an attention head (`num_head_channels`).
+        heads: Number of heads at every level in place of `head_dim` (`num_heads`), None = by it.
         dropout: Rate in ResBlocks.
         groups: Groups of every GroupNorm.
         context_dim: Width of the text encoder, None without text. Every attention then takes keys

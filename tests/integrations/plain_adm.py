@@ -1,7 +1,7 @@
 """ADM's U-Net, and hana's with text, as papers and checkpoints describe them, in plain PyTorch.
 
 Nothing of fastdiff. Only what their text-free and text-to-image models use: scale-shift norms,
-residual re-sampling, heads of one width, hana's keys and values of the text beside the image's.
+residual re-sampling, hana's keys and values of the text beside the image's.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ class UNetModel(nn.Module):
         attention_resolutions: tuple[int, ...],
         channel_mult: tuple[float, ...],
         num_classes: int | None = None,
+        num_heads: int = 1,
         num_head_channels: int = 64,
         use_scale_shift_norm: bool = True,
         resblock_updown: bool = True,
@@ -111,7 +112,10 @@ class UNetModel(nn.Module):
             legacy = not use_new_attention_order
             if rate not in attention_resolutions:
                 return []
-            return [AttentionBlock(channels, num_head_channels, legacy, text_width)]
+            return [AttentionBlock(channels, width(channels), legacy, text_width)]
+
+        def width(channels: int) -> int:
+            return channels // num_heads if num_head_channels == -1 else num_head_channels
 
         widths = [int(model_channels * multiplier) for multiplier in channel_mult]
         ch, rate = widths[0], 1
@@ -133,7 +137,7 @@ class UNetModel(nn.Module):
         self.middle_block = nn.ModuleList(
             [
                 ResBlock(ch, emb, ch),
-                AttentionBlock(ch, num_head_channels, legacy, text_width),
+                AttentionBlock(ch, width(ch), legacy, text_width),
                 ResBlock(ch, emb, ch),
             ]
         )

@@ -207,8 +207,8 @@ def test_what_cannot_be_imported_says_why(tmp_path):
     file = write(adm(), tmp_path / "model.pt")
     with pytest.raises(ValueError, match="give image_size"):
         import_checkpoint(file)
-    with pytest.raises(ValueError, match="heads of different widths"):
-        import_checkpoint(file.rename(tmp_path / "128x128_diffusion.pt"))
+    with pytest.raises(ValueError, match="head_dim=16 and heads=2, expected one"):
+        import_checkpoint(file, Options(image_size=16, head_dim=16, heads=2))
     text = {**uvit().state_dict(), "context_embed.weight": torch.zeros(48, 8)}
     torch.save(text, tmp_path / "text.pth")
     with pytest.raises(ValueError, match="one sequence with the patches"):
@@ -228,6 +228,20 @@ def checkout(folder: Path) -> Path:
         (path.parent / "__init__.py").touch()
         shutil.copy(HERE / source, path)
     return folder / "code"
+
+
+@pytest.mark.parametrize("order", ["legacy", "new"])
+def test_adm_with_as_many_heads_at_every_level(order, tmp_path):
+    theirs = adm(
+        num_heads=4, num_head_channels=-1, channel_mult=(1, 2), attention_resolutions=(1, 2),
+        use_new_attention_order=order == "new",
+    )  # fmt: skip
+    file = write(theirs, tmp_path / "128x128_diffusion.pt")
+    imported = import_checkpoint(file, Options(image_size=16, attention_order=order))
+    assert imported.complete, str(imported)
+    assert imported.model.config.heads == 4
+    compare(imported.model, theirs)
+    assert verify(file, checkout(tmp_path), imported.options).same
 
 
 def test_verify_confirms_the_right_weights(tmp_path, capsys):
