@@ -18,7 +18,6 @@ Letters: N samples, G global batch, W ranks, B micro-batch.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -311,13 +310,6 @@ def _end_when_told() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
-
-
-def stop_workers() -> None:
-    """End this process's loader workers now; torch would wait five seconds for each of them."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.terminate()
 
 
 def make_loader(

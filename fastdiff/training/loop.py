@@ -21,7 +21,7 @@ from fastdiff.data.faults import BadSampleLimit
 from fastdiff.data.folder import FolderDataset
 from fastdiff.data.readers import open_dataset
 from fastdiff.data.shards import ShardDataset
-from fastdiff.data.stream import StreamConfig, make_loader, stop_workers
+from fastdiff.data.stream import StreamConfig, make_loader
 from fastdiff.ops import philox_normal
 from fastdiff.text import SmallTextEncoder, T5TextEncoder, t5_label
 from fastdiff.training import engine as engines
@@ -159,7 +159,6 @@ class Trainer:
             if self.saved_at != self.step:
                 self._save()
         finally:
-            stop_workers()
             for number, handler in before.items():
                 signal.signal(number, handler)
             if watch is not None:
