@@ -96,7 +96,7 @@ def _run(arguments: argparse.Namespace) -> None:
             raise ValueError("--count and --batch-size must be at least 1")
         if (arguments.prompt and arguments.labels) or (arguments.prompts_file and arguments.labels):
             raise ValueError("give prompts or labels, not both")
-        with _process_group(), torch.inference_mode():
+        with _process_group(), torch.no_grad():
             _sample(arguments)
     except (ValueError, OSError) as error:
         raise SystemExit(f"fastdiff sample: {error}") from error
