@@ -4,9 +4,12 @@
 
 *training* is forward and backward, no optimiser. *floor* is the same module with only its products,
 dense convolutions, attention, residual adds and reshapes left (`rivals.floor`), in the same rounds;
-*x floor* is our time over it. *eager* is the model with each op as a user would write it, in the
-dtype of the weights. *peak* is the memory at the worst moment of training beyond weights, inputs
-and gradients. Ours counts compiled or not, whichever is faster; `times_us` has both.
+*x floor* is our time over it. *roofline* is the time that the bytes and FLOPs of a preset take at
+the rates of a copy and a product measured here, over ours. *eager* is the model with each op as a
+user would write it, in the dtype of the weights. *peak* is the memory at the worst moment of
+training beyond weights, inputs and gradients. *diffusers* and *transformers* are those libraries'
+own code for the same function on the same weights (`twins.py`); *removed* is (theirs - ours) /
+(theirs - floor). Ours counts compiled or not, whichever is faster; `times_us` has both.
 """
 
 from __future__ import annotations
@@ -25,10 +28,10 @@ from fastdiff import ops, roofline
 from fastdiff.models import create_model
 from fastdiff.models.ascend import ASCEND
 from fastdiff.models.iuvit import Block, IUViTConfig, block_class
-from fastdiff.nn import SwinBlock
+from fastdiff.nn import PlainSwinLayer, ResBlock, SwinBlock
 from fastdiff.ops import backend
 
-from . import harness, rivals
+from . import harness, rivals, twins
 from .bench_ops import Options, mib, verdict
 from .harness import Job, Refused, Row, Timing
 
@@ -120,6 +123,32 @@ def level(
     return Case(f"{preset} level {index}, batch {batch}", build, dtype=dtype, goals=goals)
 
 
+def res_block(
+    batch: int, channels: int, side: int, goals: dict[str, dict[str, float]], dtype: torch.dtype
+) -> Case:
+    """A residual block against diffusers' `ResnetBlock2D`."""
+
+    def build(draw: Draw) -> Built:
+        x = draw(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
+        emb = draw(batch, 4 * channels)
+        return ResBlock(channels, channels, 4 * channels), (x.requires_grad_(), emb)
+
+    return Case(f"ResBlock {batch}x{channels}x{side}x{side}", build, dtype=dtype, goals=goals)
+
+
+def swin_layer(
+    batch: int, channels: int, side: int, goals: dict[str, dict[str, float]], dtype: torch.dtype
+) -> Case:
+    """A shifted Swin layer with a plain FFN against transformers' `SwinLayer`."""
+
+    def build(draw: Draw) -> Built:
+        head_dim = 64 if channels % 64 == 0 else 32
+        layer = PlainSwinLayer(channels, window=8, shift=4, head_dim=head_dim, ffn="mlp")
+        return layer, (draw(batch, side, side, channels).requires_grad_(), None)
+
+    return Case(f"SwinLayer {batch}x{side}x{side}x{channels}", build, dtype=dtype, goals=goals)
+
+
 def model(
     preset: str,
     batch: int,
@@ -168,20 +197,41 @@ GPU = [
 CPU = [
     model("iuvit_cifar10", 4, overrides={"dim": 128, "layers": 5}, dtype=F32),
     model("ascend_cifar10", 1, overrides={"channels": 64, "depth": 1}, dtype=F32),
+    model("unet_cifar10", 1, overrides={"channels": 64, "depth": 1}, dtype=F32),
+    res_block(2, 128, 32, {}, F32),
+    swin_layer(2, 96, 32, {}, F32),
 ]
 _CPU_F32 = {"forward": {FLOOR: 1.1}, "training": {FLOOR: 1.1, "memory": 0.8}}
 _CPU_BF16 = {"forward": {FLOOR: 1.2}, "training": {FLOOR: 1.15, "memory": 0.8}}
+_AHEAD = {"eager": 1.0, "eager NCHW": 1.0, "compile": 1.0}
+_MODEL_F32, _MODEL_BF16 = (
+    {
+        "forward": {FLOOR: most, **_AHEAD},
+        "training": {FLOOR: most, **_AHEAD, "memory": 0.8},
+    }
+    for most in (1.12, 1.22)
+)
+_TWIN = {way: {"diffusers": 1.0, "transformers": 1.0, "removed": 0.6} for way in _MODEL_F32}
 CPU_FULL = [
     block("IU-ViT CIFAR", 16, _CPU_F32, dim=512, layers=13, dtype=F32),
     block("IU-ViT CIFAR", 16, _CPU_BF16, dim=512, layers=13),
     level("ascend_celeba64", 1, 4, _CPU_F32, dtype=F32),
     level("ascend_celeba64", 1, 4, _CPU_BF16),
+    *(
+        model(preset, batch, dtype=dtype, goals=goals)
+        for preset, batch in (("iuvit_cifar10", 16), ("ascend_celeba64", 4))
+        for dtype, goals in ((F32, _MODEL_F32), (BF16, _MODEL_BF16))
+    ),
+    model("unet_64", 2, dtype=F32, goals=_TWIN),
+    res_block(4, 384, 32, _TWIN, F32),
+    swin_layer(4, 384, 32, _TWIN, F32),
 ]
 _SMALL = {"channels": 16, "depth": 1, "multipliers": (1, 2), "attention_resolutions": (16,)}
 _SMALL |= {"head_dim": 16, "groups": 8, "window": 4, "context_dim": 8}
 TINY = [
     model("iuvit_cifar10", 1, overrides={"dim": 64, "layers": 1}, dtype=F32),
     model("ascend_cifar10", 1, text=3, overrides=_SMALL, dtype=F32),
+    res_block(1, 32, 4, {}, F32),
 ]
 
 
@@ -249,6 +299,7 @@ class Problem:
             if any(isinstance(part, nn.Conv2d) for part in self.module.modules()):
                 nchw = as_nchw(self.module)
                 found["eager NCHW"] = Contestant(nchw, lambda: rivals.plain(nchw=True), nchw)
+            found |= self.twin()
             found[FLOOR] = Contestant(self.module, rivals.floor)
         if options.compile and self.case.compiled is not False:
             with rivals.plain(), torch.no_grad():
@@ -259,6 +310,36 @@ class Problem:
             if options.max_autotune:
                 most = torch.compile(self.module, dynamic=False, mode="max-autotune-no-cudagraphs")
                 found["compile max-autotune"] = Contestant(most, rivals.plain)
+        return found
+
+    def twin(self) -> dict[str, Contestant]:
+        """The other library's module on these weights, where there is one and it agrees.
+
+        Raises:
+            Refused: it computes something else.
+        """
+        try:
+            found = twins.twin(self.module)
+        except ImportError:
+            return {}
+        if found is None:
+            return {}
+        name, theirs = found
+        with torch.no_grad(), rivals.plain():
+            pair = theirs(*self.arguments), self.module(*self.arguments)
+        apart = float(harness.rms(pair[0].double() - pair[1].double()))
+        if not apart <= 1e-2 * float(harness.rms(pair[1].double())):
+            raise Refused(f"{name} computes something else: RMS {apart:.2g}")
+        return {name: Contestant(theirs, weights=theirs)}
+
+    def absent(self, options: Options) -> dict[str, str]:
+        """Rivals that are not tried, and why."""
+        found = {}
+        if not options.compile and self.case.compiled is not False:
+            found["compile"] = "n/a: asked for by --compile"
+        library = twins.TWINS.get(type(self.module), ("",))[0]
+        if library and (why := harness.installed(library)):
+            found[library] = why
         return found
 
     def wanted(self, one: Contestant) -> list[Tensor]:
@@ -389,7 +470,10 @@ def run_case(case: Case, device: torch.device, options: Options) -> list[Row]:
                     harness.reason(error, device)
     rows = []
     for direction in case.directions:
-        timed = {name: timings[name, direction] for name in contestants}
+        timed: dict[str, Timing | str] = {
+            **{name: timings[name, direction] for name in contestants},
+            **problem.absent(options),
+        }
         row = make_row(case, direction, timed, memory, device)
         row["margin"] = margin
         rows.append(row)
@@ -425,6 +509,7 @@ def make_row(
         "backend": winner.replace("ours", backend_of(device)),
         "us": us,
         "times_us": times,
+        "samples_us": harness.samples_us(timed),
         "spread": timing.spread,
         "rounds": timing.rounds,
         "how": timing.how,
@@ -441,6 +526,10 @@ def make_row(
     if FLOOR in numbers:
         row["over_floor"] = us / numbers[FLOOR]
         ratios[FLOOR] = (row["over_floor"], False)
+        for library in {name for name, _ in twins.TWINS.values()} & numbers.keys():
+            gap = numbers[library] - numbers[FLOOR]
+            row["removed"] = (numbers[library] - us) / gap if gap > 0 else 1.0
+            ratios["removed"] = (row["removed"], True)
     if direction == "training":
         row["memory"], row["peak_mib"] = dict(memory), memory.get("ours")
         least = min((m for n, m in memory.items() if n.startswith("eager") and m), default=None)
@@ -450,9 +539,15 @@ def make_row(
             ratios["memory"] = (own / least, False)
     if case.preset is not None:
         name, batch = case.preset
+        # The optimiser's step is counted, and is no part of what is timed.
         found = roofline.count(name, batch, training=direction == "training", dtype=case.dtype)
+        found.calls = [call for call in found.calls if not call.kind.startswith("optimizer")]
         row["tflops"] = found.flops / us / 1e6
         row["images_per_second"] = 1e6 * batch / us
+        row["flops"], row["preset"], row["batch"] = found.flops, name, batch
+        bandwidth, rate = harness.ceilings(device, case.dtype)
+        chip = roofline.Chip("here", bandwidth, rate, rate)
+        row["of_roofline"] = 1e6 * found.seconds(chip) / us
     goals = case.goals.get(direction, {})
     compared = [(n, ratios[n][0], aim, ratios[n][1]) for n, aim in goals.items() if n in ratios]
     if compared:

@@ -405,6 +405,18 @@ class Problem:
             found["xformers"] = Rival(partial(self.by, rivals.window_xformers), self.inputs)
         return found
 
+    def absent(self, options: Options) -> dict[str, str]:
+        """Rivals that are not tried, and why."""
+        found = {}
+        if not options.compile:
+            found["compile"] = "n/a: asked for by --compile"
+        if self.case.op == "window_attention":
+            found["flash-attn"] = "n/a: takes no bias and no mask"
+            if self.device.type != "cuda":
+                found["flex"] = "n/a: its backward needs a GPU"
+                found["xformers"] = harness.installed("xformers") or "n/a: needs a GPU"
+        return found
+
     def forward(self, call: Call, inputs: Sequence[Tensor]) -> Job:
         def job() -> Any:
             with torch.no_grad():
@@ -446,7 +458,7 @@ def run_case(case: Case, device: torch.device, options: Options) -> list[Row]:
     margin = harness.check(problem.ours, problem.inputs, problem.dys, truth)
 
     contestants = {"ours": Rival(problem.ours, problem.inputs)}
-    absent: dict[str, str] = {}
+    absent = problem.absent(options)
     for name, rival in problem.rivals(options).items():
         try:
             got = harness.values_and_gradients(rival.call, rival.inputs, problem.dys)
@@ -572,6 +584,8 @@ def table_rows(
         timed = timings["ours", "forward" if direction == "forward" else "both"]
         if isinstance(timed, Timing) and direction != "backward":
             row |= {"spread": timed.spread, "rounds": timed.rounds, "how": timed.how}
+            way = "forward" if direction == "forward" else "both"
+            row["samples_us"] = harness.samples_us({n: timings[n, way] for n in contestants})
         numbers = {n: t for n, t in times.items() if n != "ours" and isinstance(t, float)}
         plain = {n: t for n, t in numbers.items() if contestants[n].eager}
         for prefix, some in (("best", numbers), ("eager", plain)):

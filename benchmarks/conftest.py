@@ -25,6 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--full", action="store_true", help="on a CPU: the paper's shapes, many minutes"
     )
     group.addoption("--threads", type=int, help="threads of a CPU")
+    group.addoption("--rounds", type=int, help="at most so many rounds of a case on a CPU (15)")
+    group.addoption("--seconds", type=float, help="no round begins after so many (0.7)")
     group.addoption("--rows", metavar="FILE", help="write every row as JSON")
 
 
@@ -45,7 +47,8 @@ def bench_options(request: pytest.FixtureRequest) -> Options:
     if gpu:
         torch.backends.cudnn.benchmark = True
         return Options(compile=compiled, max_autotune=most)
-    return Options(compile=compiled, max_autotune=most, rounds=15, seconds=0.7)
+    rounds, seconds = (request.config.getoption(name) for name in ("--rounds", "--seconds"))
+    return Options(compile=compiled, max_autotune=most, rounds=rounds or 15, seconds=seconds or 0.7)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import datetime
 import functools
 import gc
 import hashlib
+import importlib.util
 import itertools
 import math
 import os
@@ -24,6 +25,7 @@ import shutil
 import statistics
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,29 +57,38 @@ class Timing:
     """Time of one candidate.
 
     Attributes:
-        median, best: seconds over the rounds.
+        median, low: seconds over the rounds; their middle, and the lower quartile.
         spread: distance between the quartiles, over the median.
         rounds: how many there were.
         how: "graph", "events" (includes Python's time where that is longer) or "cpu".
+        samples: seconds of each round.
     """
 
     median: float
-    best: float
+    low: float
     spread: float
     rounds: int
     how: str
+    samples: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, samples: Sequence[float], how: str) -> Timing:
-        middle = statistics.median(samples)
-        low, _, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else (middle,) * 3
+        middle, low, high = statistics.median(samples), *(quartile(samples, n) for n in (1, 3))
         spread = (high - low) / middle if middle > 0 else 0.0
-        return cls(middle, min(samples), spread, len(samples), how)
+        return cls(middle, low, spread, len(samples), how, tuple(samples))
 
     @property
     def seconds(self) -> float:
-        """What counts: the median; on a CPU the best, as other processes only ever add."""
-        return self.best if self.how == "cpu" else self.median
+        """What counts: the median; on a CPU the lower quartile, as other processes only ever add,
+        and unlike the best it is no lucky one."""
+        return self.low if self.how == "cpu" else self.median
+
+
+def quartile(samples: Sequence[float], n: int) -> float:
+    """The first or third quartile, within the samples."""
+    if len(samples) == 1:
+        return samples[0]
+    return statistics.quantiles(samples, n=4, method="inclusive")[n - 1]
 
 
 def measure(
@@ -252,6 +263,21 @@ def _flush(device: torch.device) -> Job:
 @functools.cache
 def _flush_graph(device: torch.device) -> _Graph:
     return _Graph(_flush(device), device, flush=False)
+
+
+@functools.cache
+def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Bytes per second of a large copy, FLOP per second of a large product, as measured now."""
+    gpu = device.type == "cuda"
+    source = torch.ones(2**29 if gpu else 2**25, device=device)
+    target, side = torch.empty_like(source), 8192 if gpu else 2048
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    jobs: dict[str, Job] = {"copy": lambda: target.copy_(source), "product": lambda: a @ b}
+    found = measure(jobs, device, rounds=7, seconds=1.0)
+    copy, product = found["copy"], found["product"]
+    if not isinstance(copy, Timing) or not isinstance(product, Timing):
+        raise RuntimeError(f"no ceiling: copy {copy}, product {product}")
+    return 2 * 4 * source.numel() / copy.seconds, 2 * side**3 / product.seconds
 
 
 def host_overhead(job: Job, device: torch.device, calls: int = 100) -> float:
@@ -571,6 +597,9 @@ COLUMNS = {
     "eager_us": "eager us",
     "over_eager": "x",
     "over_floor": "x floor",
+    "removed": "removed",
+    "of_roofline": "roofline",
+    "images_per_second": "images/s",
     "peak_mib": "peak MiB",
     "saved_mib": "saved MiB",
     "goal": "goal",
@@ -583,7 +612,7 @@ def cell(key: str, value: Any) -> str:
         return ""
     if not isinstance(value, float):
         return str(value)
-    if key in ("of_floor", "spread"):
+    if key in ("of_floor", "spread", "of_roofline", "removed"):
         return f"{value:.0%}"
     if key.startswith("over"):
         return f"{value:.2f}"
@@ -608,7 +637,36 @@ def table(rows: Sequence[Row], *, markdown: bool = False) -> str:
             text.append(f"| {' | '.join(cells)} |" if markdown else "  ".join(cells).rstrip())
             if markdown and index == 0:
                 text.append("|" + "|".join("---" if k in left else "--:" for k in keys) + "|")
+    item = "- " if markdown else ""
     for row in rows:
         if "failed" in row:
-            text.append(f"{'- ' if markdown else ''}{row['case']}: no number: {row['failed']}")
+            text.append(f"{item}{row['case']}: no number: {row['failed']}")
+    for (name, why), count in absences(rows).items():
+        text.append(f"{item}without {name}: {why} ({count} rows)")
     return "\n".join(text)
+
+
+def absences(rows: Iterable[Row]) -> dict[tuple[str, str], int]:
+    """Rivals that have no number, why, and in how many rows."""
+    return Counter(
+        (name, time.removeprefix("n/a: "))
+        for row in rows
+        for name, time in row.get("times_us", {}).items()
+        if isinstance(time, str)
+    )
+
+
+def installed(package: str) -> str | None:
+    """None, or why a rival's package is absent: "n/a: ... is not installed"."""
+    if importlib.util.find_spec(package) is None:
+        return f"n/a: {package} is not installed"
+    return None
+
+
+def samples_us(timings: Mapping[K, Timing | str]) -> dict[K, list[float]]:
+    """Microseconds of every round, four digits each: what confidence is computed from."""
+    return {
+        name: [float(f"{1e6 * sample:.4g}") for sample in timing.samples]
+        for name, timing in timings.items()
+        if isinstance(timing, Timing)
+    }

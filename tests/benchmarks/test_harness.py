@@ -46,7 +46,7 @@ def test_candidates_take_turns_and_a_failing_one_only_loses_its_number() -> None
     timing = found["a"]
     assert isinstance(timing, harness.Timing)
     assert (timing.rounds, timing.how) == (4, "cpu")
-    assert 0.003 <= timing.seconds == timing.best <= timing.median < 0.1
+    assert 0.003 <= min(timing.samples) <= timing.seconds == timing.low <= timing.median < 0.1
 
 
 def test_short_candidates_are_called_several_times_a_sample() -> None:
@@ -66,10 +66,11 @@ def test_rounds_end_when_the_time_is_over() -> None:
     assert found["slow"].rounds == 3
 
 
-def test_timing_is_the_median_and_on_a_cpu_the_best() -> None:
-    samples = [3.0, 1.0, 2.0, 10.0, 2.0]
-    assert harness.Timing.of(samples, "graph").seconds == 2.0
-    assert harness.Timing.of(samples, "cpu").seconds == 1.0
+def test_timing_is_the_median_and_on_a_cpu_the_lower_quartile() -> None:
+    samples = [3.0, 1.0, 4.0, 10.0, 2.0]
+    assert harness.Timing.of(samples, "graph").seconds == 3.0
+    assert harness.Timing.of(samples, "cpu").seconds == 2.0
+    assert harness.Timing.of(samples, "cpu").samples == tuple(samples)
     assert harness.Timing.of([2.0], "graph").spread == 0.0
 
 
@@ -322,7 +323,7 @@ class Names(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("case", bench_models.TINY, ids=["iuvit", "ascend"])
+@pytest.mark.parametrize("case", bench_models.TINY, ids=lambda c: c.name)
 def test_the_floor_leaves_products_and_adds(case: bench_models.Case) -> None:
     made = bench_models.Problem(case, CPU)
     floor = bench_models.Contestant(made.module, rivals.floor)
@@ -338,7 +339,7 @@ def test_the_floor_leaves_products_and_adds(case: bench_models.Case) -> None:
         *("avg_pool2d_backward", "upsample_nearest2d_backward"),
     }
     assert not seen.names & left_out
-    assert {"addmm", "convolution_backward"} <= seen.names
+    assert "convolution_backward" in seen.names
     wanted = made.wanted(floor)
     for grad, p in zip(grads, wanted, strict=True):
         assert grad is None or grad.shape == p.shape
@@ -371,7 +372,10 @@ def test_rows_of_an_op(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["bytes"] == 4 * 8 * 8 * 16 * 4 + 49 * 4
     assert row["gbs"] == pytest.approx(row["bytes"] / row["us"] / 1e3)
     assert row["of_floor"] == pytest.approx(row["bytes"] / (row["copy_gbs"] * 1e3) / row["us"])
-    assert set(row["times_us"]) == {"ours", "eager", "eager SDPA"}
+    timed = {name for name, time in row["times_us"].items() if not isinstance(time, str)}
+    assert timed == {"ours", "eager", "eager SDPA"} == set(row["samples_us"])
+    assert row["times_us"]["xformers"].startswith("n/a: ")
+    assert len(row["samples_us"]["ours"]) == row["rounds"]
     assert (
         row["over_best"] == min(row["times_us"]["eager"], row["times_us"]["eager SDPA"]) / row["us"]
     )
@@ -409,6 +413,7 @@ def test_rows_of_a_model() -> None:
     assert {"ours", "eager", "floor"} <= set(rows[0]["times_us"])
     times = rows[1]["times_us"]
     assert rows[1]["over_floor"] == pytest.approx(times["ours"] / times["floor"])
+    assert rows[0]["samples_us"].keys() >= {"ours", "eager", "floor"}
 
 
 def test_goals() -> None:
@@ -427,6 +432,8 @@ def test_the_table_has_every_row_and_every_failure() -> None:
     assert "1234" in text and "82%" in text and "op b" in text  # noqa: PT018
     assert "op c: no number: refused" in text
     marked = harness.table(rows, markdown=True).splitlines()
+    rows[0]["times_us"] = {"ours": 1.0, "flex": "n/a: on a GPU only"}
+    assert "without flex: on a GPU only (1 rows)" in harness.table(rows)
     assert marked[1].count("|") == marked[0].count("|") == marked[3].count("|")
 
 
