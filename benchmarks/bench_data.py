@@ -33,6 +33,8 @@ COUNT, SHARD, BATCH = 512, 128, 32
 # Side of the stored pictures and of the tensors, as img2dataset's usual 256 is trained on.
 CASES = {"256 to 64": (256, 64), "256 to 128": (256, 128), "256 to 256": (256, 256)}
 TOKENS, WIDTH = 25, 1024
+# webdataset leaves the shards it has read to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def pictures(side: int) -> Iterator[tuple[np.ndarray, str]]:
