@@ -40,7 +40,7 @@ demo-ascend: $(STAMP)  ## the same job with a small ASCEND
 test: $(STAMP)  ## what CI runs: lint, types, layout, unit tests, the Triton kernels without a GPU
 	@$(MAKE) --no-print-directory lint types layout
 	@$(MAKE) --no-print-directory unit
-	@$(MAKE) --no-print-directory interpreter aot
+	@$(MAKE) --no-print-directory interpreter aot bench-guard
 
 test-full: $(STAMP)  ## `make test`, and the slow tests
 	@$(MAKE) --no-print-directory test
@@ -90,9 +90,16 @@ sanitize: $(STAMP)  ## the compiled CPU kernels' tests under AddressSanitizer an
 
 ##@ Measure
 
-.PHONY: bench bench-gpu
+.PHONY: bench bench-full bench-guard bench-gpu
 bench: $(STAMP)  ## the benchmarks, small, on the CPU
 	@$(PY) -m pytest benchmarks/ --benchmark-only
+
+bench-full: $(STAMP)  ## the paper's shapes and torch.compile, for hours, into benchmarks/results
+	@$(PY) -m pytest benchmarks/bench_ops.py benchmarks/bench_models.py --benchmark-only --full --compile \
+	  --rounds 15 --seconds 60 --rows benchmarks/results/cpu-$$(date -u +%Y%m%d).json
+
+bench-guard: $(STAMP)  ## a few ops and models, held against this machine's baseline
+	$(call step,speed against eager,$(PY) -m benchmarks.guard)
 
 # With the python that PYTHON names, else with .venv where it is there; it makes none.
 bench-gpu:  ## the kernels' tests and benchmarks on this machine's GPU, in 8 minutes
