@@ -602,6 +602,8 @@ COLUMNS = {
     "images_per_second": "images/s",
     "peak_mib": "peak MiB",
     "saved_mib": "saved MiB",
+    "ns_per_pixel": "ns/pixel",
+    "growth": "growth",
     "goal": "goal",
 }
 
@@ -614,7 +616,7 @@ def cell(key: str, value: Any) -> str:
         return str(value)
     if key in ("of_floor", "spread", "of_roofline", "removed"):
         return f"{value:.0%}"
-    if key.startswith("over"):
+    if key.startswith("over") or key == "growth":
         return f"{value:.2f}"
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
