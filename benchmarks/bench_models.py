@@ -528,8 +528,9 @@ def make_row(
         ratios[FLOOR] = (row["over_floor"], False)
         for library in {name for name, _ in twins.TWINS.values()} & numbers.keys():
             gap = numbers[library] - numbers[FLOOR]
-            row["removed"] = (numbers[library] - us) / gap if gap > 0 else 1.0
-            ratios["removed"] = (row["removed"], True)
+            if gap > 0.05 * numbers[library]:  # of less, noise would make any share
+                row["removed"] = (numbers[library] - us) / gap
+                ratios["removed"] = (row["removed"], True)
     if direction == "training":
         row["memory"], row["peak_mib"] = dict(memory), memory.get("ours")
         least = min((m for n, m in memory.items() if n.startswith("eager") and m), default=None)

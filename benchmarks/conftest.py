@@ -65,3 +65,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         found = {"environment": harness.environment(device), "rows": ROWS}
         Path(path).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def pytest_exception_interact(
+    node: pytest.Item, call: pytest.CallInfo[object], report: pytest.TestReport
+) -> None:
+    """A refused case stands in the table and in the results, too."""
+    if call.excinfo is not None and call.excinfo.errisinstance(harness.Refused):
+        ROWS.append({"case": node.name, "failed": f"refused: {call.excinfo.value}"})

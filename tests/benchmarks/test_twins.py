@@ -69,3 +69,16 @@ def test_a_twin_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_has_no_twin() -> None:
     assert twins.twin(nn.Linear(1, 1)) is None
+
+
+def test_what_is_removed_of_the_gap_to_the_floor() -> None:
+    def row(theirs: float) -> dict:
+        times = {"ours": 6e-6, "diffusers": theirs, "floor": 5e-6}
+        timed = {n: bench_models.Timing.of([t] * 3, "cpu") for n, t in times.items()}
+        case = bench_models.res_block(1, 32, 4, bench_models._TWIN, torch.float32)
+        return bench_models.make_row(case, "forward", timed, {}, torch.device("cpu"))
+
+    assert row(10e-6)["removed"] == pytest.approx(0.8)
+    assert row(10e-6)["goal"] == "met"
+    assert row(7e-6)["goal"] == "missed: removed 0.50 < 0.6"
+    assert "removed" not in row(5.1e-6)  # too near the floor to tell
