@@ -99,7 +99,7 @@ bench-full: $(STAMP)  ## the paper's shapes and torch.compile, for hours, into b
 	  --rounds 15 --seconds 60 --rows benchmarks/results/cpu-$$(date -u +%Y%m%d).json
 
 bench-guard: $(STAMP)  ## a few ops and models, held against this machine's baseline
-	$(call step,speed against eager,$(PY) -m benchmarks.guard)
+	$(call step,speed against eager,KINETO_LOG_LEVEL=99 $(PY) -m benchmarks.guard)
 
 # With the python that PYTHON names, else with .venv where it is there; it makes none.
 bench-gpu:  ## the kernels' tests and benchmarks on this machine's GPU, in 8 minutes
