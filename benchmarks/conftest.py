@@ -60,11 +60,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if ROWS:
         terminalreporter.section("fastdiff")
         terminalreporter.write_line(harness.table(ROWS))
-    path = terminalreporter.config.getoption("--rows")
-    if path:
+    write(terminalreporter.config)
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Rows are written as they come: a run of hours may be ended."""
+    write(item.config)
+
+
+def write(config: pytest.Config) -> None:
+    """The rows so far, to the file that `--rows` names."""
+    if path := config.getoption("--rows"):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         found = {"environment": harness.environment(device), "rows": ROWS}
-        Path(path).write_text(json.dumps(found, indent=1) + "\n")
+        Path(path).write_text(json.dumps(found) + "\n")
 
 
 def pytest_exception_interact(
