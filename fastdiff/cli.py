@@ -118,6 +118,39 @@ def _embed_text(arguments: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
+def _plan(arguments: argparse.Namespace) -> None:
+    import dataclasses
+    import json
+
+    from fastdiff import plan
+
+    try:
+        found = plan.plan(
+            plan.open_recipe(arguments.config),
+            arguments.gpu,
+            arguments.count,
+            title=arguments.config,
+            efficiency=arguments.efficiency,
+            tokens=arguments.tokens,
+            network_gbit=arguments.network_gbit,
+        )
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"fastdiff plan: {error}") from error
+    print(
+        json.dumps(dataclasses.asdict(found), indent=2) if arguments.json else plan.as_text(found)
+    )
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    from fastdiff import _plot as curves
+
+    try:
+        for file in curves.plot(arguments.runs, arguments.out):
+            print(file)
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"fastdiff plot: {error}") from error
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line: one function per subcommand, each importing what it needs when it runs."""
     root = argparse.ArgumentParser(prog="fastdiff", description=__doc__)
@@ -178,6 +211,38 @@ def parser() -> argparse.ArgumentParser:
     embed.add_argument("--cache", default="~/.cache/fastdiff/shards", help="for remote shards")
     embed.add_argument("--cache-gib", type=float, default=64.0, metavar="GIB")
     embed.set_defaults(run=_embed_text)
+
+    plan = commands.add_parser(
+        "plan",
+        help="memory by ZeRO stage, largest micro-batch and hours of a training recipe",
+        description="Works out, without a GPU, what a recipe needs on GPUs of one kind, and prints "
+        "what the numbers take for granted.",
+    )
+    plan.add_argument("config", help="a recipe's name, the folder of a run, or its recipe.yaml")
+    plan.add_argument("--gpu", required=True, help="a100-40g, a100-80g, h100-80g or h200-141g")
+    plan.add_argument("--count", type=int, default=1, help="GPUs in all; default 1")
+    plan.add_argument(
+        "--efficiency", type=float, default=0.5, help="share of the roofline, default 0.5"
+    )
+    plan.add_argument("--tokens", type=int, default=32, help="of a mean caption, default 32")
+    plan.add_argument(
+        "--network-gbit",
+        type=float,
+        default=200.0,
+        metavar="GBIT",
+        help="per second between nodes of eight GPUs; default 200",
+    )
+    plan.add_argument("--json", action="store_true", help="for programs")
+    plan.set_defaults(run=_plan)
+
+    plot = commands.add_parser(
+        "plot",
+        help="curves of training runs as a PNG and a page of its own",
+        description="Reads the metrics.jsonl of each run, also of one that is still training.",
+    )
+    plot.add_argument("runs", nargs="+", help="folders of runs")
+    plot.add_argument("--out", metavar="STEM", help="default RUN/curves: curves.png, curves.html")
+    plot.set_defaults(run=_plot)
     return root
 
 
