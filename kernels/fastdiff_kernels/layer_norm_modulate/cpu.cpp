@@ -154,7 +154,9 @@ void layer_norm_rows_backward(const LayerNormRowsBackward& a) {
 #include "../native/boundary.h"
 
 #include <algorithm>
+#include <limits>
 #include <type_traits>
+#include <vector>
 
 namespace fastdiff {
 namespace {
@@ -164,16 +166,20 @@ constexpr const char* op = "layer_norm_modulate";
 // Rows of a piece of work: about 2^15 elements, so that a piece and its sums stay in the cache.
 int64_t piece_rows(int64_t channels) { return std::max<int64_t>(1, (1 << 15) / channels); }
 
+// Where sums over the rows are taken, and rounded at every row, no longer than this.
+constexpr int64_t longest_sum = 24;
+
 struct Shape {
   ScalarType dtype;
   Type type;
-  int64_t batch, rows, channels, pieces;  // rows and pieces of one image
+  int64_t batch, rows, channels, pieces, piece;  // rows and pieces of one image, rows of a piece
 
-  explicit Shape(const Tensor& x)
+  explicit Shape(const Tensor& x, int64_t most = std::numeric_limits<int64_t>::max())
       : dtype(x.scalar_type()), type(type_of(op, x)), batch(x.size(0)), channels(x.size(-1)) {
     const int64_t images = batch * channels;
     rows = images ? x.numel() / images : 0;
-    pieces = rows ? (rows + piece_rows(channels) - 1) / piece_rows(channels) : 0;
+    piece = rows ? std::min(piece_rows(channels), most) : 1;
+    pieces = (rows + piece - 1) / piece;
   }
 
   int64_t numel() const { return batch * rows * channels; }
@@ -183,8 +189,8 @@ struct Shape {
   void each_piece(const F& f) const {
     if (numel() == 0) return;
     for_pieces(batch * pieces, [&](int64_t at) {
-      const int64_t image = at / pieces, first = at % pieces * piece_rows(channels);
-      f(image, at, image * rows + first, std::min(piece_rows(channels), rows - first));
+      const int64_t image = at / pieces, first = at % pieces * piece;
+      f(image, at, image * rows + first, std::min(piece, rows - first));
     });
   }
 };
@@ -246,7 +252,7 @@ void backward(const MaybeTensor& dy, const MaybeTensor& dr, const Tensor& r, con
               const MaybeTensor& dx, const MaybeTensor& dresidual, const MaybeTensor& dweight,
               const MaybeTensor& dbias, const MaybeTensor& dscale, const MaybeTensor& dshift,
               const MaybeTensor& dgate) {
-  const Shape s(r);
+  const Shape s(r, longest_sum);
   const int64_t C = s.channels, images = s.batch * C, bytes = r.element_size();
   STD_TORCH_CHECK(!dgate || x, op, ": the gradient of gate needs x");
   LayerNormRowsBackward all{};
@@ -300,26 +306,31 @@ void backward(const MaybeTensor& dy, const MaybeTensor& dr, const Tensor& r, con
     kernel(a);
   });
 
-  for (int64_t i = 0; i < C; ++i) {
-    if (dweight_) dweight_[i] = 0.f;
-    if (dbias_) dbias_[i] = 0.f;
-  }
-  for (int64_t image = 0; image < s.batch; ++image) {
-    for (int64_t i = 0; i < C; ++i) {
-      float dy_sum = 0.f, dy_xhat = 0.f, gate_sum = 0.f;
-      for (int64_t piece = image * s.pieces; piece < (image + 1) * s.pieces; ++piece) {
-        const float* sum = at(partial_, piece * vectors * C);
-        if (sums) dy_sum += sum[i], dy_xhat += sum[C + i];
-        if (dgate_) gate_sum += sum[2 * sums * C + i];
-      }
-      const float up = scale_ ? 1.f + scale_[image * C + i] : 1.f;
-      const float w = all.weight ? all.weight[i] : 1.f, b = bias_ ? bias_[i] : 0.f;
-      if (dweight_) dweight_[i] += up * dy_xhat;
-      if (dbias_) dbias_[i] += up * dy_sum;
-      if (dscale_) dscale_[image * C + i] = w * dy_xhat + b * dy_sum;
-      if (dshift_) dshift_[image * C + i] = dy_sum;
-      if (dgate_) dgate_[image * C + i] = gate_sum;
+  if (!vectors) return;
+  std::vector<double> total(static_cast<size_t>(s.batch * vectors * C));
+  for_pieces(s.batch, [&](int64_t image) {
+    double* to = total.data() + image * vectors * C;
+    for (int64_t piece = image * s.pieces; piece < (image + 1) * s.pieces; ++piece) {
+      const float* from = at(partial_, piece * vectors * C);
+      for (int64_t i = 0; i < vectors * C; ++i) to[i] += from[i];
     }
+  });
+  for (int64_t i = 0; i < C; ++i) {
+    const double w = all.weight ? all.weight[i] : 1., b = bias_ ? bias_[i] : 0.;
+    double weight_sum = 0., bias_sum = 0.;
+    for (int64_t image = 0; image < s.batch; ++image) {
+      const double* sum = total.data() + image * vectors * C + i;
+      const int64_t to = image * C + i;
+      if (dgate_) dgate_[to] = static_cast<float>(sum[2 * sums * C]);
+      if (!sums) continue;
+      const double up = scale_ ? 1. + scale_[to] : 1., dy_sum = sum[0], dy_xhat = sum[C];
+      weight_sum += up * dy_xhat;
+      bias_sum += up * dy_sum;
+      if (dscale_) dscale_[to] = static_cast<float>(w * dy_xhat + b * dy_sum);
+      if (dshift_) dshift_[to] = static_cast<float>(dy_sum);
+    }
+    if (dweight_) dweight_[i] = static_cast<float>(weight_sum);
+    if (dbias_) dbias_[i] = static_cast<float>(bias_sum);
   }
 }
 
