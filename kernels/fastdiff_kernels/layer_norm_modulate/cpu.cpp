@@ -167,7 +167,7 @@ constexpr const char* op = "layer_norm_modulate";
 int64_t piece_rows(int64_t channels) { return std::max<int64_t>(1, (1 << 15) / channels); }
 
 // Where sums over the rows are taken, and rounded at every row, no longer than this.
-constexpr int64_t longest_sum = 24;
+constexpr int64_t longest_sum = 40;
 
 struct Shape {
   ScalarType dtype;
