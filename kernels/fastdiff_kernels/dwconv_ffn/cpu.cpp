@@ -318,13 +318,16 @@ struct Call {
         channels(z.size(2)),
         bytes(z.element_size()),
         blocks((channels + dwconv_block - 1) / dwconv_block) {
-    STD_TORCH_CHECK(z.dim() == 3 && prefix >= 0 && rows >= 0 && columns >= 0 &&
-                        tokens == prefix + rows * columns,
-                    op, ": tokens do not fit the grid");
+    // divided, because a product of wrong sizes overflows
+    const int64_t pixels = tokens - std::clamp<int64_t>(prefix, 0, tokens);
+    const bool fits = pixels == 0 ? rows == 0 || columns == 0
+                                  : rows > 0 && pixels % rows == 0 && columns == pixels / rows;
+    STD_TORCH_CHECK(z.dim() == 3 && prefix == tokens - pixels && fits, op,
+                    ": tokens do not fit the grid");
     all.type = type_of(op, z);
     all.prefix = prefix;
-    all.rows = rows;
-    all.columns = columns;
+    all.rows = pixels ? rows : 0;
+    all.columns = pixels ? columns : 0;
     all.stride = all.weight_stride = channels;
     all.z = data(op, "z", z, dtype, numel());
     all.z_bias = floats(op, "z_bias", z_bias, channels);

@@ -366,8 +366,10 @@ struct Call {
         shift_w(shift_w_),
         pad_is_value(value),
         scale(static_cast<float>(scale_)) {
-    STD_TORCH_CHECK(x.dim() == 4 && heads > 0 && h > 0 && w > 0 && x.size(3) % (3 * heads) == 0 &&
-                        0 <= shift_h && shift_h < h && 0 <= shift_w && shift_w < w,
+    constexpr int64_t most = 1 << 15;  // so that no product below overflows
+    STD_TORCH_CHECK(x.dim() == 4 && 0 < heads && heads <= most && 0 < h && h <= most && 0 < w &&
+                        w <= most && x.size(3) % (3 * heads) == 0 && 0 <= shift_h && shift_h < h &&
+                        0 <= shift_w && shift_w < w,
                     op, ": sizes do not fit");
     batch = x.size(0), H = x.size(1), W = x.size(2), C = x.size(3) / 3;
     bytes = x.element_size();
