@@ -257,11 +257,12 @@ def _load_run(arguments: argparse.Namespace, folder: Path, device: Any) -> _Sour
             raise ValueError(f"--{name.replace('_', '-')}: {folder} is a run and has its own")
     learner, recipe = load_run(folder, device)
     sample = recipe.sample
+    text = None if recipe.model.context_dim is None else learner.encoder
     return _Source(
         learner.backbone,
         learner.process,
-        learner.encoder.encode,
-        learner.encoder.name,
+        None if text is None else text.encode,
+        None if text is None else text.name,
         sample.prompts,
         sample.steps,
         sample.guidance,

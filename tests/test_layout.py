@@ -46,6 +46,7 @@ MAY_IMPORT = {
         "fastdiff.grid",
         "fastdiff.metrics",
         "fastdiff.recipes",
+        "fastdiff.roofline",
     },
     "fastdiff": {"fastdiff", "fastdiff_kernels"},
 }
@@ -65,6 +66,7 @@ HOME = {
         "fastdiff/integrations/diffusers.py",  # models and pipeline
         "fastdiff/integrations/schedulers.py",
     },
+    "pynvml": {"fastdiff/training/sensors.py"},
     "flash_attn": {"fastdiff/nn/attention.py"},
     "xformers": {"fastdiff/nn/attention.py"},
 }

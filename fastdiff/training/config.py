@@ -23,12 +23,15 @@ class DataConfig:
     """Where images and captions come from.
 
     Args:
-        path: Folder with `metadata.jsonl`, or folder of tar shards as img2dataset writes them, or
+        path: For training without captions what `fastdiff stats` reads. Else a folder with
+            `metadata.jsonl`, or folder of tar shards as img2dataset writes them, or
             an address of such shards (`s3://`, `gs://`, `https://.../{00000..01242}.tar`).
             None: the embedded captioned scenes, made on first use.
         embeddings: Folder or address of the shards' text features as `fastdiff embed-text` stores
             them; no text encoder then runs in training.
         workers: Loader processes on each rank; 0 loads in the training process.
+        transform: Crop by name (`fastdiff.data.transforms`), for training without captions; None
+            takes the largest square in the centre.
         flip: Mirror every other image at random. Off where captions speak of left and right.
         bad_limit: Largest share of samples that may be unreadable before the run stops; and of
             shards.
@@ -39,6 +42,7 @@ class DataConfig:
 
     path: str | None = None
     embeddings: str | None = None
+    transform: str | None = None
     workers: int = 2
     flip: bool = False
     bad_limit: float = 0.01
@@ -199,6 +203,12 @@ class Recipe:
             raise ValueError(
                 f"Recipe: model.context_dim={self.model.context_dim} differs from "
                 f"text.width={self.text.width}; set both alike"
+            )
+        if self.model.context_dim is None and self.sample.prompts:
+            raise ValueError("Recipe: sample.prompts are given, but the model takes no text")
+        if self.model.context_dim is not None and self.data.transform is not None:
+            raise ValueError(
+                f"Recipe: data.transform={self.data.transform!r} is for training without captions"
             )
         train = self.train
         for name in ("batch_size", "micro_batch", "max_steps", "log_every", "checkpoint_every"):

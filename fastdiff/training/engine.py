@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from fastdiff.training.config import Recipe
 
+BANDS = 4  # of diffusion time, equally wide
+
 
 class MicroBatch(NamedTuple):
     """One forward pass: what the learner takes, and the seed of its dropout.
@@ -39,11 +41,14 @@ class StepResult:
         loss: Mean over the global batch.
         grad_norm: Global gradient norm before clipping.
         skipped: The loss or the norm was not finite; no weight changed.
+        bands: (2, BANDS) float32 on the device, of this rank's images: sums of their losses and
+            their number, by band of diffusion time. Read it seldom: that waits for the device.
     """
 
     loss: float
     grad_norm: float
     skipped: bool
+    bands: Tensor | None = None
 
 
 class Engine(Protocol):
@@ -70,6 +75,22 @@ class Engine(Protocol):
 
     def barrier(self) -> None:
         """Wait for all ranks."""
+
+
+def sums_by_band(losses: Tensor, t: Tensor, steps: int) -> Tensor:
+    """Sums of losses and their number, by band of diffusion time.
+
+    Args:
+        losses: (B,).
+        t: (B,) int64, steps 0..T-1.
+        steps: T.
+
+    Returns:
+        (2, BANDS) float32, without a wait for the device.
+    """
+    bands = torch.arange(BANDS, device=t.device)
+    inside = ((t * BANDS).div(steps, rounding_mode="floor").unsqueeze(1) == bands).float()
+    return torch.stack([losses.detach().float() @ inside, inside.sum(dim=0)])
 
 
 def micro_batch_size(recipe: Recipe, world: int) -> int:
@@ -139,15 +160,17 @@ class PlainEngine:
         """One optimiser step."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        total = 0.0
+        total, bands = 0.0, torch.zeros(2, BANDS, device=self.device)
         autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self.recipe.train.precision == "bf16":
             autocast = torch.autocast(self.device.type, dtype=torch.bfloat16)
         for batch in micro_batches:
             torch.manual_seed(batch.seed)
             with autocast:
-                loss = self.learner(**batch.inputs).mean() / len(micro_batches)
+                losses = self.learner(**batch.inputs)
+                loss = losses.mean() / len(micro_batches)
             loss.backward()
+            bands += sums_by_band(losses, batch.inputs["t"], self.recipe.diffusion.steps)
             total += float(loss.detach())
         clip = self.recipe.optim.clip
         norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if clip is None else clip)
@@ -156,7 +179,7 @@ class PlainEngine:
         if not skipped:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(total, grad_norm, skipped)
+        return StepResult(total, grad_norm, skipped, bands)
 
     def weights(self) -> list[Tensor] | None:
         """The parameters themselves are the float32 weights."""
@@ -254,10 +277,15 @@ class DeepSpeedEngine:
         """One optimiser step over all ranks."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        total = torch.zeros((), device=self.device)
+        total, bands = (
+            torch.zeros((), device=self.device),
+            torch.zeros(2, BANDS, device=self.device),
+        )
         for batch in micro_batches:
             torch.manual_seed(batch.seed)
-            loss = self.engine(**batch.inputs).mean()
+            losses = self.engine(**batch.inputs)
+            loss = losses.mean()
+            bands += sums_by_band(losses, batch.inputs["t"], self.recipe.diffusion.steps)
             total += loss.detach().float() / len(micro_batches)
             self.engine.backward(loss)
             self.engine.step()
@@ -271,7 +299,7 @@ class DeepSpeedEngine:
                 "the last checkpoint with a lower rate or train.precision=bf16, under which "
                 "DeepSpeed skips such a step"
             )
-        return StepResult(loss_value, grad_norm, skipped)
+        return StepResult(loss_value, grad_norm, skipped, bands)
 
     def weights(self) -> list[Tensor] | None:
         """Full float32 master weights, gathered; the parameters themselves where they are those."""

@@ -57,7 +57,8 @@ class Learner(nn.Module):
     Args:
         recipe: The run's.
         text: The text encoder. A small one becomes part of the learner and is trained; a
-            pretrained one stays outside and frozen; None where the features are stored.
+            pretrained one stays outside and frozen; None where the
+            features are stored, or where there is no text.
     """
 
     def __init__(self, recipe: Recipe, text: AnyTextEncoder | None) -> None:
@@ -85,10 +86,11 @@ class Learner(nn.Module):
         x0: Tensor,
         noise: Tensor,
         t: Tensor,
-        mask: Tensor,
         drop: Tensor,
+        mask: Tensor | None = None,
         ids: Tensor | None = None,
         context: Tensor | None = None,
+        y: Tensor | None = None,
     ) -> Tensor:
         """Losses of a micro-batch.
 
@@ -96,23 +98,27 @@ class Learner(nn.Module):
             x0: (B, 3, H, W) images in [-1, 1].
             noise: (B, 3, H, W) standard normal.
             t: (B,) int64, steps 0..T-1.
-            mask: (B, S) bool, True = valid.
             drop: (B,) bool, True = null condition.
+            mask: (B, S) bool, True = valid; for a model of text.
             ids: (B, S) int64 token ids for the text encoder; or
             context: (B, S, width) its features, where they are stored.
+            y: (B,) int64 labels, for a model of labels.
 
         Returns:
             (B,) float32, mean squared error of each image's prediction.
         """
-        if context is None:
-            assert ids is not None, "either tokens or their features"
+        if ids is not None:
+            assert mask is not None, "tokens come with their mask"
             context, mask = self.encoder.features(ids, mask)
-        elif self._padded is not None:
+        elif context is not None and self._padded is not None:
             context = nn.functional.pad(context, (0, 0, 0, self._padded - context.shape[1]))
             mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
         x_t = self.process.q_sample(x0, t, noise)
-        mask = mask & ~drop.unsqueeze(1)
-        out = self.backbone(x_t, t, context, context_mask=mask)
+        if mask is not None:
+            mask = mask & ~drop.unsqueeze(1)
+        if y is not None:
+            y = torch.where(drop, self.backbone.config.num_classes, y)
+        out = self.backbone(x_t, t, context, context_mask=mask, y=y)
         return self.process.loss(out, x0, t, noise)
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ index), so the data side of a resumed run is one number, the images seen.
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import sys
@@ -37,12 +38,14 @@ from fastdiff.training.checkpoint import (
 from fastdiff.training.config import Recipe, load, model_differences, save
 from fastdiff.training.ema import EMA
 from fastdiff.training.learner import AnyTextEncoder, Learner, make_t5
+from fastdiff.training.pictures import TrainingPictures
 from fastdiff.training.watch import Watch
 
 log = logging.getLogger("fastdiff")
 
 MAX_SKIPPED = 20
 VOCABULARY_SAMPLES = 20_000
+LABELS_FILE = "labels.json"
 NOISE_STREAM = 0x7472_6E00  # of philox_normal: apart from the streams that sampling uses
 
 
@@ -96,11 +99,13 @@ class Trainer:
         self.recipe, self.rank, self.device = recipe, rank, device
         self.run_folder = Path(recipe.train.out)
         if recipe.data.path is None:
-            raise ValueError("data.path is not set; give a folder of captioned images or shards")
+            raise ValueError("data.path is not set; give a folder of images or shards")
         micro = engines.micro_batch_size(recipe, world)
         self.micro_batches = recipe.train.batch_size // world // micro
         self.dataset = self._open_data(recipe.data.path)
         self._check_data()
+        names = getattr(self.dataset, "labels", [])
+        self.labels = {name: y for y, name in enumerate(names)}
         checkpoint = self._find_checkpoint(world)
 
         torch.manual_seed(recipe.train.seed)
@@ -150,7 +155,9 @@ class Trainer:
         elif self.rank == 0:
             self.run_folder.mkdir(parents=True, exist_ok=True)
             save(self.recipe, self.run_folder / "recipe.yaml")
-        watch = Watch(self.recipe, self.step) if self.rank == 0 and left > 0 else None
+        watch = None
+        if self.rank == 0 and left > 0:
+            watch = Watch(self.recipe, self.step, self.device, self.engine.world)
         before = {s: signal.getsignal(s) for s in _SIGNALS}
         try:
             for number in _SIGNALS:
@@ -187,7 +194,8 @@ class Trainer:
             self.images += recipe.batch_size
             if watch is not None:
                 ended = time.perf_counter()
-                watch.log_step(self.step, self.images, result, loaded - started, ended - started)
+                times = loaded - started, ended - started
+                watch.log_step(self.step, self.images, result, *times, _tokens(micro_batches))
             if self.engine.any_rank(self.signal is not None):
                 self._stop_early()
             if self.step % recipe.checkpoint_every == 0:
@@ -220,9 +228,13 @@ class Trainer:
                 tensors["noise"] = philox_normal(seeds, 0, shape, stream=NOISE_STREAM)
             if "context" in batch:
                 tensors |= {"context": batch["context"], "mask": batch["mask"]}
-            else:
+            elif self.recipe.model.context_dim is not None:
                 assert self.text is not None, "without stored features there is an encoder"
                 tensors["ids"], tensors["mask"] = self.text.tokenize(batch["caption"])
+            if self.labels:
+                # a picture beside the folders of the labels has none
+                y = [self.labels.get(name, len(self.labels)) for name in batch["caption"]]
+                tensors["y"] = torch.tensor(y)
             yield engines.MicroBatch(
                 seed=(self.recipe.train.seed * 1_000_003 + int(batch["position"][0])) % 2**63,
                 inputs={k: v.to(self.device, non_blocking=True) for k, v in tensors.items()},
@@ -342,8 +354,10 @@ class Trainer:
         if self.rank == 0:
             log.info("continuing from step %d (%s)", self.step, checkpoint)
 
-    def _open_data(self, path: str) -> FolderDataset | ShardDataset:
+    def _open_data(self, path: str) -> FolderDataset | ShardDataset | TrainingPictures:
         data, text = self.recipe.data, self.recipe.text
+        if self.recipe.model.context_dim is None:
+            return self._open_pictures(path)
         dataset = open_dataset(
             path,
             embeddings=data.embeddings,
@@ -362,6 +376,18 @@ class Trainer:
                     f"the model takes model.context_dim={width}"
                 )
         return dataset
+
+    def _open_pictures(self, path: str) -> TrainingPictures:
+        classes = self.recipe.model.num_classes
+        pictures = TrainingPictures(
+            path, transform=self.recipe.data.transform, labelled=classes is not None
+        )
+        if classes is not None and len(pictures.labels) != classes:
+            raise ValueError(
+                f"{path} has {len(pictures.labels)} labels, the model takes model.num_classes="
+                f"{classes}; set it to {len(pictures.labels)}"
+            )
+        return pictures
 
     def _check_data(self) -> None:
         """Refuse data of which too many shards are unreadable, or that ranks see differently."""
@@ -386,7 +412,7 @@ class Trainer:
 
         None with stored features, which need none until a grid is drawn.
         """
-        if self.recipe.data.embeddings is not None:
+        if self.recipe.data.embeddings is not None or self.recipe.model.context_dim is None:
             return None
         if self.recipe.text.encoder == "t5":
             return make_t5(self.recipe, self.device)
@@ -445,6 +471,15 @@ class Trainer:
         learner.backbone.save_pretrained(self.run_folder / "model")
         if learner.text is not None:
             learner.text.save_pretrained(self.run_folder / "model" / TEXT_FOLDER)
+        if self.labels:
+            names = json.dumps(list(self.labels), indent=2)
+            (self.run_folder / "model" / LABELS_FILE).write_text(names + "\n")
+
+
+def _tokens(micro_batches: list[engines.MicroBatch]) -> float:
+    """Tokens of a text in a step, padding counted; a length, so no device is waited for."""
+    lengths = [batch.inputs["mask"].shape[1] for batch in micro_batches if "mask" in batch.inputs]
+    return sum(lengths) / max(1, len(lengths))
 
 
 def noise_seeds(seed: int, positions: torch.Tensor) -> torch.Tensor:
@@ -495,8 +530,10 @@ def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[Learner,
         )
     recipe = load(checkpoint / "recipe.yaml")
     device = torch.device(device)
-    text: AnyTextEncoder
-    if recipe.text.encoder == "t5":
+    text: AnyTextEncoder | None = None
+    if recipe.model.context_dim is None:
+        pass
+    elif recipe.text.encoder == "t5":
         text = make_t5(recipe, device)
     else:
         text = SmallTextEncoder.from_pretrained(checkpoint / TEXT_FOLDER)

@@ -6,12 +6,14 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastdiff.grid import picture_grid, to_uint8
 from fastdiff.training.config import Recipe
 from fastdiff.training.engine import StepResult, learning_rate
+from fastdiff.training.sensors import Sensors, make_utilisation
 
 
 class Watch:
@@ -20,13 +22,21 @@ class Watch:
     Args:
         recipe: The run's.
         step: Optimiser steps made before.
+        device: Of this process.
+        world: Number of processes.
     """
 
-    def __init__(self, recipe: Recipe, step: int) -> None:
+    def __init__(
+        self, recipe: Recipe, step: int, device: torch.device | None = None, world: int = 1
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
         self.recipe = recipe
+        self.world = world
+        device = device or torch.device("cpu")
+        self.sensors = Sensors(device)
+        self.utilisation = make_utilisation(recipe, device)
         folder = Path(recipe.train.out)
         self.samples = folder / "samples"
         self.samples.mkdir(exist_ok=True)
@@ -46,6 +56,8 @@ class Watch:
             mininterval=0.5 if sys.stderr.isatty() else 20.0,
             dynamic_ncols=True,
         )
+        self.bands: torch.Tensor | None = None
+        self.step_time = self.data_time = self.tokens = 0.0
         self._forget()
 
     def log_step(
@@ -55,13 +67,26 @@ class Watch:
         result: StepResult,
         data_time: float,
         step_time: float,
+        tokens: float = 0.0,
     ) -> None:
-        """Count one optimiser step; images seen over all ranks, times in seconds."""
+        """Count one optimiser step.
+
+        Args:
+            step: Steps made.
+            images: Seen over all ranks.
+            result: What the step gave.
+            data_time: Seconds of waiting for the loader.
+            step_time: Seconds in all.
+            tokens: Of a text in this step, padding counted.
+        """
         self.count += 1
         if result.skipped:
             self.skipped += 1
         else:
             self.losses.append(result.loss)
+            if result.bands is not None:
+                self.bands = result.bands if self.bands is None else self.bands + result.bands
+        self.tokens += tokens
         self.data_time += data_time
         self.step_time += step_time
         self.bar.update()
@@ -69,7 +94,7 @@ class Watch:
         if step % every and step != self.recipe.train.max_steps:
             return
         count = self.count
-        point = {
+        point: dict[str, Any] = {
             "step": step,
             "images_seen": images,
             "loss": sum(self.losses) / len(self.losses) if self.losses else None,
@@ -80,6 +105,9 @@ class Watch:
             "step_s": self.step_time / count,
             "data_s": self.data_time / count,
         }
+        point |= self._by_band() | self.sensors.read()
+        if self.utilisation is not None:
+            point["mfu"] = self.utilisation(point["images_per_s"] / self.world, self.tokens / count)
         loss = "not finite" if point["loss"] is None else f"{point['loss']:.4f}"
         self.bar.set_postfix_str(
             f"loss {loss}, {point['images_per_s']:.0f} images/s, "
@@ -92,9 +120,21 @@ class Watch:
                 self.board.add_scalar(f"train/{name}", value, step)
         self._forget()
 
+    def _by_band(self) -> dict[str, float | None]:
+        """Mean loss of rank 0's images in each band of diffusion time, None without an image."""
+        if self.bands is None:
+            return {}
+        sums, counts = self.bands.tolist()
+        return {
+            f"loss_band_{i}": total / count if count else None
+            for i, (total, count) in enumerate(zip(sums, counts, strict=True))
+        }
+
     def _forget(self) -> None:
         """Start a new interval of the log."""
         self.losses: list[float] = []
+        self.bands = None
+        self.tokens = 0.0
         self.count = self.skipped = 0
         self.data_time = self.step_time = 0.0
 
