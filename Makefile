@@ -37,7 +37,7 @@ demo-ascend: $(STAMP)  ## the same job with a small ASCEND
 ##@ Check
 
 .PHONY: test test-full test-gpu lint types layout unit interpreter aot sanitize
-test: $(STAMP)  ## what CI runs: lint, types, layout, unit tests, the Triton kernels without a GPU
+test: $(STAMP)  ## what CI runs first: lint, types, layout, unit tests, the Triton kernels without a GPU
 	@$(MAKE) --no-print-directory lint types layout
 	@$(MAKE) --no-print-directory unit
 	@$(MAKE) --no-print-directory interpreter aot bench-guard
