@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from fastdiff.diffusion import DiffusionProcess
     from fastdiff.models import Backbone
     from fastdiff.sampling import Output
-    from fastdiff.text import TextFeatures
-
-    Encode = Callable[[Sequence[str]], TextFeatures]
+    from fastdiff.text import SmallTextEncoder, T5TextEncoder
 
 GRID = 64
 
@@ -81,8 +79,7 @@ class _Source:
 
     model: Backbone
     process: DiffusionProcess
-    encode: Encode | None
-    text: str | None
+    encoder: SmallTextEncoder | T5TextEncoder | None
     prompts: tuple[str, ...] = ()
     steps: int | None = None
     guidance: float = 1.0
@@ -169,8 +166,8 @@ def _sample(arguments: argparse.Namespace) -> None:
         part = slice(indices[0], indices[-1] + 1)
         condition: dict[str, Any] = {}
         if captions:
-            assert source.encode is not None, "checked"
-            features = source.encode(captions[part])
+            assert source.encoder is not None, "checked"
+            features = source.encoder.encode(captions[part])
             condition = {"context": features[0], "context_mask": features[1]}
         if labels:
             condition = {"y": torch.tensor(labels[part], device=device)}
@@ -244,8 +241,7 @@ def _load(arguments: argparse.Namespace, device: Any) -> _Source:
     return _Source(
         model.to(device),
         process,
-        None if encoder is None else encoder.encode,
-        None if encoder is None else encoder.name,
+        encoder,
     )
 
 
@@ -261,8 +257,7 @@ def _load_run(arguments: argparse.Namespace, folder: Path, device: Any) -> _Sour
     return _Source(
         learner.backbone,
         learner.process,
-        None if text is None else text.encode,
-        None if text is None else text.name,
+        text,
         sample.prompts,
         sample.steps,
         sample.guidance,
@@ -270,16 +265,39 @@ def _load_run(arguments: argparse.Namespace, folder: Path, device: Any) -> _Sour
 
 
 def _check_conditions(source: _Source, prompts: Sequence[str], labels: Sequence[int]) -> None:
+    from fastdiff.text import SmallTextEncoder
+
     config = source.model.config
     if prompts and config.context_dim is None:
         raise ValueError("prompts given, but the model takes no text")
-    if prompts and source.encode is None:
-        raise ValueError("the model's folder holds no text encoder; give --text-encoder")
+    if prompts and source.encoder is None:
+        raise ValueError(
+            "the model's folder holds no text encoder; give --text-encoder, or the folder of the "
+            "run that trained the model"
+        )
+    if prompts and isinstance(source.encoder, SmallTextEncoder) and _first_rank():
+        _warn_of_unknown_words(source.encoder, prompts)
     classes = config.num_classes
     if labels and classes is None:
         raise ValueError("--labels given, but the model takes none")
     if labels and not all(0 <= label < classes for label in labels):
         raise ValueError(f"--labels {min(labels)}..{max(labels)}, expected 0 to {classes - 1}")
+
+
+def _warn_of_unknown_words(encoder: SmallTextEncoder, prompts: Sequence[str]) -> None:
+    """A small encoder knows its training captions' words, and answers any other with noise."""
+    unknown = encoder.unknown_words(prompts)
+    if unknown:
+        known = sorted(word for word in encoder.vocabulary if word.isalnum())
+        warnings.warn(
+            f"the text encoder does not know {_listed(unknown, 10)}: pictures of these words mean "
+            f"nothing. It knows {_listed(known, 40)}",
+            stacklevel=1,
+        )
+
+
+def _listed(words: Sequence[str], most: int) -> str:
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if words[most:] else "")
 
 
 def _settings(
@@ -305,7 +323,8 @@ def _settings(
     }
     if captions:
         digest = hashlib.sha256("\0".join(captions).encode()).hexdigest()[:16]
-        told |= {"prompts": digest, "text_encoder": source.text}
+        assert source.encoder is not None, "checked"
+        told |= {"prompts": digest, "text_encoder": source.encoder.name}
     if labels:
         told["labels"] = labels
     return told

@@ -417,6 +417,17 @@ class SmallTextEncoder(nn.Module):
         """Token to id, special tokens included."""
         return dict(self._tokenizer.get_vocab())
 
+    def unknown_words(self, captions: Iterable[str]) -> list[str]:
+        """Words of the captions that the vocabulary lacks, each once, as they come."""
+        unknown = _SPECIAL.index("<unk>")
+        found: dict[str, None] = {}
+        for caption in captions:
+            row = self._tokenizer.encode(caption)
+            for token, (start, end) in zip(row.ids, row.offsets, strict=True):
+                if token == unknown:
+                    found[caption[start:end]] = None
+        return list(found)
+
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Captions to token ids; arguments, shapes and errors as `T5TextEncoder.tokenize`."""
         _check_captions("SmallTextEncoder", captions)

@@ -340,6 +340,8 @@ def test_words_are_lower_cased_and_unknown_ones_map_to_unk() -> None:
     # The text of a special token is text, not the token.
     assert ids[2].tolist() == [2, 2, 2, 2, 2, 2, 1]
     assert mask.sum(1).tolist() == [6, 1, 7]
+    asked = ["A  Green, purple ring", "a Purple box", "a ring"]
+    assert encoder.unknown_words(asked) == [",", "purple", "Purple", "box"]
 
 
 def test_small_trains_every_parameter() -> None:

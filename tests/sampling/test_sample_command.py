@@ -124,6 +124,8 @@ def test_prompts_labels_and_settings(tmp_path, capsys):
 
     run("labels", "b", "--labels", "0", "2", "--guidance", "2")
     assert json.loads((tmp_path / "b" / "settings.json").read_text())["labels"] == [0, 2]
+    with pytest.warns(UserWarning, match=r"does not know purple, box: .* It knows a, background, "):
+        run("text", "c", "--prompt", "a purple box")
     # Other prompts, labels or weights are other settings.
     for folder, out, options in (
         ("text", "a", ["--prompt", captions[0], "--count", "4", "--guidance", "2"]),
