@@ -453,13 +453,41 @@ class SmallTextEncoder(nn.Module):
         """Write config.json, tokenizer.json and model.safetensors into a folder."""
         from safetensors.torch import save_file
 
+        self.save_vocabulary(folder)
+        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
+        save_file(weights, Path(folder) / "model.safetensors")
+
+    def save_vocabulary(self, folder: str | Path) -> None:
+        """Write config.json and tokenizer.json: all but the weights."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         settings = {"format": _FORMAT, **asdict(self.config)}
         (path / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         self._tokenizer.save(str(path / "tokenizer.json"))
-        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
-        save_file(weights, path / "model.safetensors")
+
+    @classmethod
+    def from_vocabulary(cls, folder: str | Path) -> SmallTextEncoder:
+        """An encoder with new weights, on the CPU, of what `save_vocabulary` wrote.
+
+        Raises:
+            FileNotFoundError: one of the two files is absent.
+            ValueError: another format, or unknown config fields.
+        """
+        from tokenizers import Tokenizer
+
+        path = Path(folder)
+        for file in ("config.json", "tokenizer.json"):
+            if not (path / file).is_file():
+                raise FileNotFoundError(f"SmallTextEncoder: {path} has no {file}")
+        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        found = settings.pop("format", None)
+        if found != _FORMAT:
+            raise ValueError(f"SmallTextEncoder: format must be {_FORMAT!r}, got {found!r}")
+        unknown = sorted(settings.keys() - asdict(SmallTextConfig()).keys())
+        if unknown:
+            raise ValueError(f"SmallTextEncoder: config.json has unknown fields {unknown}")
+        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        return cls(tokenizer, SmallTextConfig(**settings))
 
     @classmethod
     def from_pretrained(
@@ -472,22 +500,12 @@ class SmallTextEncoder(nn.Module):
             ValueError: another format, unknown config fields, or weights that do not fit.
         """
         from safetensors.torch import load_file
-        from tokenizers import Tokenizer
 
-        path = Path(folder)
-        for file in ("config.json", "tokenizer.json", "model.safetensors"):
-            if not (path / file).is_file():
-                raise FileNotFoundError(f"SmallTextEncoder: {path} has no {file}")
-        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        found = settings.pop("format", None)
-        if found != _FORMAT:
-            raise ValueError(f"SmallTextEncoder: format must be {_FORMAT!r}, got {found!r}")
-        unknown = sorted(settings.keys() - asdict(SmallTextConfig()).keys())
-        if unknown:
-            raise ValueError(f"SmallTextEncoder: config.json has unknown fields {unknown}")
-        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-        encoder = cls(tokenizer, SmallTextConfig(**settings))
-        weights = load_file(path / "model.safetensors")
+        file = Path(folder) / "model.safetensors"
+        encoder = cls.from_vocabulary(folder)
+        if not file.is_file():
+            raise FileNotFoundError(f"SmallTextEncoder: {folder} has no model.safetensors")
+        weights = load_file(file)
         expected = {name: tuple(value.shape) for name, value in encoder.state_dict().items()}
         given = {name: tuple(value.shape) for name, value in weights.items()}
         if given != expected:

@@ -125,9 +125,12 @@ class TrainConfig:
         micro_batch: Images of one forward pass on one device; None = all of a device's share.
         max_steps: Optimiser steps.
         seed: Of weights, data order, noise, time steps, flips and condition dropout.
-        precision: "fp32", or "bf16": autocast in one process, bf16 weights with float32 masters
-            under DeepSpeed.
-        zero: DeepSpeed's ZeRO stage (used under its launcher only).
+        precision: "fp32"; or "bf16" or "fp16": autocast in one process and at `zero` 0, weights of
+            that type with float32 masters under ZeRO. fp16 scales its loss.
+        zero: DeepSpeed's ZeRO stage, under a launcher only. 0: whole copies of weights and
+            optimiser on each rank, by DistributedDataParallel.
+        offload: The optimiser's state and step on the CPU, ZeRO 1 to 3.
+        compile: The backbone by torch.compile.
         checkpointing: Compute the backbone's activations again in the backward, block by block:
             a fifth to a third of the memory, at the price of a second forward.
         ema_decay: Per optimiser step.
@@ -136,7 +139,9 @@ class TrainConfig:
         log_every: Steps between points in the log.
         sample_every: Steps between sample grids, 0 = none.
         checkpoint_every: Steps between checkpoints.
+        background: Write them beside the training, from a copy in host memory.
         keep: Newest checkpoints kept.
+        keep_every: Checkpoints of steps divisible by it are kept for good; None: no others.
         threads: CPU threads of a rank, None = torch's choice.
     """
 
@@ -145,8 +150,10 @@ class TrainConfig:
     micro_batch: int | None = None
     max_steps: int = 500_000
     seed: int = 0
-    precision: Literal["fp32", "bf16"] = "bf16"
-    zero: Literal[1, 2, 3] = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    zero: Literal[0, 1, 2, 3] = 1
+    offload: bool = False
+    compile: bool = False
     checkpointing: bool = False
     ema_decay: float = 0.9999
     ema_warmup: bool = False
@@ -154,7 +161,9 @@ class TrainConfig:
     log_every: int = 50
     sample_every: int = 5000
     checkpoint_every: int = 1000
+    background: bool = True
     keep: int = 2
+    keep_every: int | None = None
     threads: int | None = None
 
 
@@ -214,8 +223,11 @@ class Recipe:
         for name in ("batch_size", "micro_batch", "max_steps", "log_every", "checkpoint_every"):
             _at_least(1, f"train.{name}", getattr(train, name))
         _at_least(1, "train.keep", train.keep)
+        _at_least(1, "train.keep_every", train.keep_every)
         _at_least(1, "train.threads", train.threads)
         _at_least(0, "train.sample_every", train.sample_every)
+        if train.offload and train.zero == 0:
+            raise ValueError("Recipe: train.offload=True needs train.zero of 1 to 3")
         _at_least(0, "data.workers", self.data.workers)
         _at_least(1, "data.window", self.data.window)
         if self.data.embeddings is not None and self.text.encoder != "t5":

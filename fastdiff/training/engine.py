@@ -1,4 +1,4 @@
-"""Optimiser steps: in one process by PyTorch alone, or by DeepSpeed under a launcher.
+"""Optimiser steps: by PyTorch alone, in one process or many, or by DeepSpeed's ZeRO.
 
 The only module that imports deepspeed. Both engines take the same calls, so the loop knows neither.
 """
@@ -10,27 +10,32 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fastdiff.training.config import Recipe
+from fastdiff.training.shares import SavedState, Share, part, restore, whole
 
 BANDS = 4  # of diffusion time, equally wide
+# Rank 0 draws sample grids while the others wait for it.
+TIMEOUT = timedelta(minutes=10)
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class MicroBatch(NamedTuple):
-    """One forward pass: what the learner takes, and the seed of its dropout.
+    """One forward pass: what the learner takes, the seed of its dropout, and the samples' keys.
 
     The seed is a function of the batch, so a resumed run drops alike.
     """
 
     seed: int
     inputs: dict[str, Tensor]
+    keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,29 +57,94 @@ class StepResult:
 
 
 class Engine(Protocol):
-    """What the loop needs of an engine."""
+    """What the loop needs of an engine.
+
+    Attributes:
+        rank: This process.
+        world: Number of processes.
+        device: Where this rank computes.
+        learner: What is trained.
+        optimizer: AdamW, with the moments of this rank.
+        shares: This rank's of the weights, one for each trained parameter, in its order; all
+            ranks' together are all elements, each once. They follow the weights.
+    """
 
     rank: int
     world: int
     device: torch.device
+    learner: nn.Module
+    optimizer: GuardedAdamW
+    shares: list[Share]
 
     def step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
-        """One optimiser step on this rank's share of the batch, at the rate `lr`."""
+        """One optimiser step on this rank's share of the batch, at the rate `lr`.
 
-    def weights(self) -> list[Tensor] | None:
-        """Float32 weights in the learner's order; None: the parameters themselves. Collective."""
+        Where the loss or a gradient is not finite on any rank, no rank changes anything.
+        """
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimiser state into `folder`. Collective."""
+    def load(self, saved: SavedState, scaler: Mapping[str, float]) -> None:
+        """Read weights, moments and loss scale; the learner was made with these weights."""
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote. Collective."""
+    def scaler(self) -> dict[str, float]:
+        """The loss scale of float16; empty for other types."""
 
-    def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank. Collective."""
+    def any_rank(self, *flags: bool) -> tuple[bool, ...]:
+        """Whether each flag is set on any rank. Collective."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank. Collective."""
+
+    def whole(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters put together from all ranks' shares, on the CPU of rank 0. Collective.
+
+        Args:
+            values: By name, (N,) float32 each, as long as this rank's share of it.
+
+        Returns:
+            On rank 0 each parameter in its shape, elsewhere nothing.
+        """
 
     def barrier(self) -> None:
         """Wait for all ranks."""
+
+
+class _Ranks:
+    """The collective calls of both engines; without a process group there is one rank."""
+
+    rank: int
+    world: int
+    device: torch.device
+    shares: list[Share]
+
+    def any_rank(self, *flags: bool) -> tuple[bool, ...]:
+        """Whether each flag is set on any rank."""
+        if self.world == 1:
+            return flags
+        values = torch.tensor([float(flag) for flag in flags], device=self.device)
+        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
+        return tuple(bool(value) for value in values.tolist())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        return gather(value)
+
+    def whole(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters put together from all ranks' shares, on the CPU of rank 0."""
+        together = {}
+        for share in self.shares:
+            buffer = torch.zeros(math.prod(share.shape), device=self.device)
+            if len(share.weight):
+                buffer[share.start : share.start + len(share.weight)] = values[share.name]
+            if self.world > 1:
+                torch.distributed.reduce(buffer, 0)
+            if self.rank == 0:
+                together[share.name] = buffer.view(share.shape).cpu()
+        return together
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            torch.distributed.barrier()
 
 
 def sums_by_band(losses: Tensor, t: Tensor, steps: int) -> Tensor:
@@ -121,17 +191,55 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return rate
 
 
-def make_optimizer(recipe: Recipe, learner: nn.Module, device: torch.device) -> torch.optim.AdamW:
+def make_optimizer(recipe: Recipe, learner: nn.Module, device: torch.device) -> GuardedAdamW:
     """AdamW over every parameter that is trained, fused on a GPU."""
     optim = recipe.optim
-    return torch.optim.AdamW(
+    optimizer = GuardedAdamW(
         [p for p in learner.parameters() if p.requires_grad],
         lr=optim.lr,
         betas=optim.betas,
         eps=optim.eps,
         weight_decay=optim.weight_decay,
-        fused=device.type == "cuda" or None,
+        fused=device.type == "cuda" or recipe.train.offload or None,
     )
+    optimizer.device = device
+    return optimizer
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that changes nothing, on any rank, where a gradient on one of them is not finite.
+
+    DeepSpeed's own checks differ with ZeRO stage and precision; this one sees what reaches Adam.
+
+    Attributes:
+        skipped: Whether the last step was left out.
+        device: Where ranks tell each other.
+    """
+
+    skipped = False
+    device = torch.device("cpu")
+
+    def step(self, closure: Any = None) -> Any:
+        """One step, on all ranks or on none."""
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        grads = [grad for grad in grads if grad is not None and grad.numel()]
+        finite = torch.ones((), device=self.device)
+        if grads:
+            largest = torch.stack(torch._foreach_norm(grads, math.inf))
+            finite = largest.isfinite().all().float().to(self.device)
+        if under_launcher():
+            torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
+        self.skipped = not bool(finite)
+        return None if self.skipped else super().step(closure)
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, on every rank. Collective."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def under_launcher() -> bool:
@@ -139,124 +247,132 @@ def under_launcher() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-class PlainEngine:
-    """One process, float32 weights, bf16 by autocast where asked.
+class PlainEngine(_Ranks):
+    """Float32 weights, whole on each rank; narrower types by autocast where asked.
+
+    Under a launcher (ZeRO 0) gradients are averaged by DistributedDataParallel.
 
     Args:
         recipe: The run's.
         learner: Maps a micro-batch to its losses (B,).
+        device: Where this rank computes.
     """
 
-    rank, world = 0, 1
-
     def __init__(self, recipe: Recipe, learner: nn.Module, device: torch.device) -> None:
+        self.rank, self.world = 0, 1
+        if under_launcher():
+            self.rank = torch.distributed.get_rank()
+            self.world = torch.distributed.get_world_size()
         self.device = device
         self.learner = learner.to(device)
         self.recipe = recipe
         self.optimizer = make_optimizer(recipe, learner, device)
         self.parameters = [p for p in learner.parameters() if p.requires_grad]
+        held = [whole(n, p) for n, p in learner.named_parameters() if p.requires_grad]
+        self._held = held
+        self.shares = [part(share, self.rank, self.world) for share in held]
+        self._scaler = torch.amp.GradScaler(device.type, enabled=recipe.train.precision == "fp16")
+        self._module: nn.Module = self.learner
+        if self.world > 1:
+            self._module = nn.parallel.DistributedDataParallel(
+                learner, device_ids=None if device.index is None else [device.index]
+            )
 
     def step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         """One optimiser step."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        total, bands = 0.0, torch.zeros(2, BANDS, device=self.device)
-        autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if self.recipe.train.precision == "bf16":
-            autocast = torch.autocast(self.device.type, dtype=torch.bfloat16)
-        for batch in micro_batches:
+        total = torch.zeros((), device=self.device)
+        bands = torch.zeros(2, BANDS, device=self.device)
+        for number, batch in enumerate(micro_batches, start=1):
             torch.manual_seed(batch.seed)
-            with autocast:
-                losses = self.learner(**batch.inputs)
+            with self._autocast(), self._sync(number == len(micro_batches)):
+                losses = self._module(**batch.inputs)
                 loss = losses.mean() / len(micro_batches)
-            loss.backward()
+                self._scaler.scale(loss).backward()
             bands += sums_by_band(losses, batch.inputs["t"], self.recipe.diffusion.steps)
-            total += float(loss.detach())
+            total += loss.detach()
+        if self.world > 1:
+            torch.distributed.all_reduce(total)
+            total /= self.world
+        if self._scaler.is_enabled():
+            self._scaler.unscale_(self.optimizer)
         clip = self.recipe.optim.clip
         norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if clip is None else clip)
-        grad_norm = float(norm)
-        skipped = not (math.isfinite(total) and math.isfinite(grad_norm))
+        mean, grad_norm = torch.stack([total, norm.float()]).tolist()
+        # the gradients are the same numbers on every rank
+        skipped = not (math.isfinite(mean) and math.isfinite(grad_norm))
         if not skipped:
-            self.optimizer.step()
+            super(GuardedAdamW, self.optimizer).step()
+        if self._scaler.is_enabled():
+            self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(total, grad_norm, skipped, bands)
+        return StepResult(mean, grad_norm, skipped, bands)
 
-    def weights(self) -> list[Tensor] | None:
-        """The parameters themselves are the float32 weights."""
-        return None
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        dtype = _AUTOCAST.get(self.recipe.train.precision)
+        if dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=dtype)
 
-    def save(self, folder: Path) -> None:
-        """Weights and Adam moments as safetensors: nothing in them can run code."""
-        from safetensors.torch import save_file
+    def _sync(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Ranks exchange gradients in the last backward pass of a step."""
+        if last or not isinstance(self._module, nn.parallel.DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self._module.no_sync()
 
-        names = [n for n, p in self.learner.named_parameters() if p.requires_grad]
-        tensors = {f"weight/{n}": p.detach() for n, p in self.learner.named_parameters()}
-        for name, parameter in zip(names, self.parameters, strict=True):
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"{key}/{name}"] = value
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "trainer.safetensors")
+    def load(self, saved: SavedState, scaler: Mapping[str, float]) -> None:
+        """Read weights, moments and loss scale, all of them on every rank."""
+        restore(self._held, self.optimizer, saved)
+        if self._scaler.is_enabled() and scaler:
+            state = self._scaler.state_dict()
+            state |= {"scale": scaler["scale"], "_growth_tracker": int(scaler["good_steps"])}
+            self._scaler.load_state_dict(state)
 
-    def load(self, folder: Path) -> None:
-        """Restore weights and Adam moments, all of them or none."""
-        from safetensors.torch import load_file
-
-        file = folder / "trainer.safetensors"
-        tensors = load_file(file, device=str(self.device))
-        named = dict(self.learner.named_parameters())
-        trained = [n for n, p in named.items() if p.requires_grad]
-        keys = ("step", "exp_avg", "exp_avg_sq")
-        # before its first update (all steps skipped, say) a parameter has no moments
-        moved = [n for n in trained if f"step/{n}" in tensors]
-        expected = {f"weight/{n}" for n in named} | {f"{k}/{n}" for k in keys for n in moved}
-        if expected != set(tensors):
-            raise ValueError(
-                f"{file} is of another model: missing {sorted(expected - set(tensors))[:5]}, "
-                f"unexpected {sorted(set(tensors) - expected)[:5]}"
-            )
-        with torch.no_grad():
-            for name, parameter in named.items():
-                parameter.copy_(tensors[f"weight/{name}"])
-        for name in moved:
-            # copies: what safetensors returns lies in the mapped file
-            state = {key: tensors[f"{key}/{name}"].clone() for key in keys}
-            # PyTorch keeps the step counter of an unfused AdamW on the CPU
-            if self.optimizer.param_groups[0]["fused"] is not True:
-                state["step"] = state["step"].cpu()
-            self.optimizer.state[named[name]] = state
-
-    def any_rank(self, flag: bool) -> bool:
-        """The flag of the only rank."""
-        return flag
-
-    def barrier(self) -> None:
-        """Nothing to wait for."""
+    def scaler(self) -> dict[str, float]:
+        """The loss scale, and the steps since it last changed."""
+        if not self._scaler.is_enabled():
+            return {}
+        state = self._scaler.state_dict()
+        return {"scale": state["scale"], "good_steps": state["_growth_tracker"]}
 
 
 def deepspeed_config(recipe: Recipe, world: int) -> dict[str, Any]:
     """DeepSpeed's dictionary, derived from the recipe so that no value stands twice."""
     micro = micro_batch_size(recipe, world)
     train = recipe.train
+    zero: dict[str, Any] = {
+        "stage": train.zero,
+        # One group of the optimiser on each rank: a step is left out as a whole or not at all.
+        "sub_group_size": 10**12,
+    }
+    if train.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_batch_size": train.batch_size,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": train.batch_size // world // micro,
         "gradient_clipping": recipe.optim.clip or 0.0,
-        "zero_optimization": {"stage": train.zero},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # a subclass of AdamW counts as one
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": train.precision == "bf16"},
+        "fp16": {"enabled": train.precision == "fp16"},
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(_Ranks):
     """DeepSpeed with ZeRO 1, 2 or 3 on the ranks of its launcher (or of torchrun).
 
     Args:
         recipe: The run's.
         learner: Maps a micro-batch to its losses (B,).
+        device: Where this rank computes.
     """
 
-    TAG = "zero"
+    optimizer: GuardedAdamW
 
     def __init__(self, recipe: Recipe, learner: nn.Module, device: torch.device) -> None:
         import deepspeed
@@ -265,22 +381,45 @@ class DeepSpeedEngine:
         self.recipe = recipe
         self.rank = torch.distributed.get_rank()
         self.world = torch.distributed.get_world_size()
-        self.names = [n for n, p in learner.named_parameters() if p.requires_grad]
-        learner.to(device)
+        self.learner = learner.to(device)
+        self.optimizer = make_optimizer(recipe, learner, device)
+        trained = [(n, p) for n, p in learner.named_parameters() if p.requires_grad]
+        exact = {n: p.detach().flatten().to("cpu", copy=True) for n, p in trained}
         self.engine, *_ = deepspeed.initialize(
-            model=learner,
-            optimizer=make_optimizer(recipe, learner, device),
-            config=deepspeed_config(recipe, self.world),
+            model=learner, optimizer=self.optimizer, config=deepspeed_config(recipe, self.world)
         )
+        self.shares = [self._share(name, parameter) for name, parameter in trained]
+        # DeepSpeed makes its float32 weights out of the rounded ones.
+        for share in self.shares:
+            stop = share.start + len(share.weight)
+            share.weight.copy_(exact[share.name][share.start : stop])
+
+    def _share(self, name: str, parameter: Any) -> Share:
+        """Where ZeRO put this rank's float32 elements of a parameter."""
+        zero = self.engine.optimizer
+        if self.recipe.train.zero == 3:
+            group, offset, length = zero.grad_position[zero.get_param_id(parameter)]
+            flat, shape = zero.fp32_partitioned_groups_flat[group], tuple(parameter.ds_shape)
+            start = min(self.rank * length, parameter.ds_numel)
+            count = min(length, parameter.ds_numel - start)  # the rest is padding
+        else:
+            shape, mapping = tuple(parameter.shape), parameter._hp_mapping
+            if mapping is None:
+                flat, offset, start, count = zero.single_partition_of_fp32_groups[0], 0, 0, 0
+            else:
+                flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+                offset, count = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+                start = mapping.lp_fragment_address.start
+        weight = flat.detach().narrow(0, offset, count)
+        return Share(name, shape, start, weight, flat, offset)
 
     def step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         """One optimiser step over all ranks."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        total, bands = (
-            torch.zeros((), device=self.device),
-            torch.zeros(2, BANDS, device=self.device),
-        )
+        total = torch.zeros((), device=self.device)
+        bands = torch.zeros(2, BANDS, device=self.device)
+        self.optimizer.skipped = False
         for batch in micro_batches:
             torch.manual_seed(batch.seed)
             losses = self.engine(**batch.inputs)
@@ -292,43 +431,26 @@ class DeepSpeedEngine:
         torch.distributed.all_reduce(total)
         loss_value = float(total) / self.world
         grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
-        skipped = not (math.isfinite(loss_value) and math.isfinite(grad_norm))
-        if skipped and not getattr(self.engine.optimizer, "overflow", False):
-            raise FloatingPointError(
-                f"loss {loss_value} and gradient norm {grad_norm} reached the weights; resume from "
-                "the last checkpoint with a lower rate or train.precision=bf16, under which "
-                "DeepSpeed skips such a step"
-            )
+        skipped = self.optimizer.skipped or bool(getattr(self.engine.optimizer, "overflow", False))
+        if skipped and math.isfinite(grad_norm):
+            grad_norm = math.nan  # what DeepSpeed had was of the step before, or its -1
         return StepResult(loss_value, grad_norm, skipped, bands)
 
-    def weights(self) -> list[Tensor] | None:
-        """Full float32 master weights, gathered; the parameters themselves where they are those."""
-        if self.recipe.train.precision == "fp32" and self.recipe.train.zero < 3:
-            return None
-        from deepspeed.utils import safe_get_full_fp32_param
+    def load(self, saved: SavedState, scaler: Mapping[str, float]) -> None:
+        """Read this rank's shares of weights and moments, and the loss scale."""
+        restore(self.shares, self.optimizer, saved)
+        if self.recipe.train.precision == "fp16" and scaler:
+            mine = self.engine.optimizer.loss_scaler
+            mine.cur_scale, mine.last_overflow_iter = scaler["scale"], -1
+            mine.cur_iter = int(scaler["good_steps"]) - 1
 
-        named = dict(self.engine.module.named_parameters())
-        return [safe_get_full_fp32_param(named[name]) for name in self.names]
-
-    def save(self, folder: Path) -> None:
-        """DeepSpeed's own files: pickles, so read back from a run's own folder only."""
-        self.engine.save_checkpoint(str(folder), tag=self.TAG, save_latest=False)
-
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote, on the same number of ranks."""
-        path, _ = self.engine.load_checkpoint(str(folder), tag=self.TAG)
-        if path is None:
-            raise ValueError(f"{folder} holds no DeepSpeed checkpoint {self.TAG!r}")
-
-    def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
-        value = torch.tensor(float(flag), device=self.device)
-        torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
-        return bool(value)
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        torch.distributed.barrier()
+    def scaler(self) -> dict[str, float]:
+        """The loss scale, and the steps since it last changed."""
+        if self.recipe.train.precision != "fp16":
+            return {}
+        mine = self.engine.optimizer.loss_scaler
+        good = (mine.cur_iter - mine.last_overflow_iter) % mine.scale_window
+        return {"scale": float(mine.cur_scale), "good_steps": float(good)}
 
 
 def start() -> tuple[int, int, torch.device]:
@@ -349,7 +471,7 @@ def start() -> tuple[int, int, torch.device]:
     else:
         device = torch.device(accelerator.device_name(), int(os.environ.get("LOCAL_RANK", 0)))
         accelerator.set_device(device.index)
-    deepspeed.init_distributed(verbose=False)
+    deepspeed.init_distributed(verbose=False, timeout=TIMEOUT)
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
 
 
@@ -360,7 +482,7 @@ def stop() -> None:
 
 
 def make_engine(recipe: Recipe, learner: nn.Module, device: torch.device) -> Engine:
-    """DeepSpeed under a launcher, else plain PyTorch."""
-    if under_launcher():
+    """DeepSpeed under a launcher, but for ZeRO 0; else plain PyTorch."""
+    if under_launcher() and recipe.train.zero > 0:
         return DeepSpeedEngine(recipe, learner, device)
     return PlainEngine(recipe, learner, device)

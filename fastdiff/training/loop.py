@@ -11,12 +11,11 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
 
 from fastdiff.data.faults import BadSampleLimit
 from fastdiff.data.folder import FolderDataset
@@ -26,23 +25,30 @@ from fastdiff.data.stream import StreamConfig, make_loader
 from fastdiff.ops import philox_normal
 from fastdiff.text import SmallTextEncoder, T5TextEncoder, t5_label
 from fastdiff.training import engine as engines
+from fastdiff.training import faults, resume
 from fastdiff.training.checkpoint import (
     TEXT_FOLDER,
+    CheckpointWriter,
     Progress,
+    Ranks,
+    Snapshot,
     latest_checkpoint,
-    list_checkpoints,
-    load_ema,
+    open_state,
     read_manifest,
-    save_checkpoint,
+    step_of,
 )
-from fastdiff.training.config import Recipe, load, model_differences, save
+from fastdiff.training.config import Recipe, load, save
 from fastdiff.training.ema import EMA
 from fastdiff.training.learner import AnyTextEncoder, Learner, make_t5
+from fastdiff.training.lock import RunLock
 from fastdiff.training.pictures import TrainingPictures
+from fastdiff.training.shares import EMA as AVERAGE
+from fastdiff.training.shares import WEIGHT, SavedState, tensors_of, updates_of
 from fastdiff.training.watch import Watch
 
 log = logging.getLogger("fastdiff")
 
+T = TypeVar("T")
 MAX_SKIPPED = 20
 VOCABULARY_SAMPLES = 20_000
 LABELS_FILE = "labels.json"
@@ -68,6 +74,8 @@ def train(recipe: Recipe) -> Path:
         FileNotFoundError, ValueError: No data, or a folder with a run of another model.
         BadSampleError: Too many unreadable samples.
         FloatingPointError: The loss stayed non-finite.
+        RuntimeError: Another job is at work in the folder.
+        OSError: The last checkpoint could not be written.
         Interrupted: Ctrl-C (exit status 130), SIGTERM or SIGUSR1 (0), after a checkpoint.
     """
     return make_trainer(recipe).run()
@@ -78,11 +86,15 @@ def make_trainer(recipe: Recipe) -> Trainer:
 
     Raises:
         FileNotFoundError, ValueError: No data, or a folder with a run of another model.
+        RuntimeError: Another job is at work in the folder.
     """
     rank, world, device = engines.start()
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
-    return Trainer(recipe, rank, world, device)
+    lock = _on_first_rank(rank, lambda: RunLock(Path(recipe.train.out)), told=False)
+    trainer = Trainer(recipe, rank, world, device)
+    trainer.lock = lock
+    return trainer
 
 
 class Trainer:
@@ -106,23 +118,36 @@ class Trainer:
         self._check_data()
         names = getattr(self.dataset, "labels", [])
         self.labels = {name: y for y, name in enumerate(names)}
-        checkpoint = self._find_checkpoint(world)
+        checkpoint = _on_first_rank(
+            rank, lambda: resume.find_checkpoint(recipe, self.run_folder), told=True
+        )
+        saved = None if checkpoint is None else open_state(checkpoint)
 
         torch.manual_seed(recipe.train.seed)
         self.text = self._make_text(checkpoint)
         torch.manual_seed(recipe.train.seed)
         learner = Learner(recipe, self.text)
-        self.ema: EMA | None = None
-        if rank == 0:
-            trained = [(n, p) for n, p in learner.named_parameters() if p.requires_grad]
-            learner.to(device)
-            train = recipe.train
-            self.ema = EMA(trained, decay=train.ema_decay, warmup=train.ema_warmup)
+        if saved is not None:
+            saved.copy_to(learner, WEIGHT)
+        if recipe.train.compile:
+            learner.backbone.compile()
         self.engine = engines.make_engine(recipe, learner, device)
+        shares = [(share.name, share.weight) for share in self.engine.shares if len(share.weight)]
+        self.ema: EMA | None = None
+        if shares:
+            train = recipe.train
+            self.ema = EMA(shares, decay=train.ema_decay, warmup=train.ema_warmup)
         self.step = self.images = 0
         self.bad_before: dict[str, Any] | None = None
-        if checkpoint is not None:
-            self._resume(checkpoint)
+        self.writer = CheckpointWriter(
+            self.run_folder,
+            Ranks(rank, world, engines.gather),
+            keep=recipe.train.keep,
+            keep_every=recipe.train.keep_every,
+        )
+        if checkpoint is not None and saved is not None:
+            self._resume(checkpoint, saved)
+        self.lock: RunLock | None = None
 
         self.stream = StreamConfig(
             seed=recipe.train.seed,
@@ -143,7 +168,6 @@ class Trainer:
             before=self.bad_before,
         )
         self.skipped = 0
-        self.saved_at = self.step
         self.signal: int | None = None
 
     def run(self) -> Path:
@@ -163,18 +187,22 @@ class Trainer:
             for number in _SIGNALS:
                 signal.signal(number, self._on_signal)
             self._steps(watch)
-            if self.saved_at != self.step:
-                self._save()
+            saved = self._save_last()
+            self._export()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
             if watch is not None:
                 watch.close()
-        if self.rank == 0:
-            self._export()
-            log.info("done: %d steps, weights in %s", self.step, self.run_folder / "model")
+            if self.lock is not None:
+                self.lock.release()
         self.engine.barrier()
         engines.stop()
+        if not saved:
+            raise OSError(
+                f"the checkpoint of the last step, {self.step}, could not be written; the averaged "
+                f"weights are in {self.run_folder / 'model'}"
+            )
         return self.run_folder
 
     def _steps(self, watch: Watch | None) -> None:
@@ -185,22 +213,23 @@ class Trainer:
             micro_batches = [next(batches) for _ in range(self.micro_batches)]
             loaded = time.perf_counter()
             result = self.engine.step(micro_batches, engines.learning_rate(self.recipe, self.step))
-            self._count_skipped(result)
-            if not result.skipped:
-                weights = self.engine.weights()
-                if self.ema is not None:
-                    self.ema.update(self.step, weights)
+            self._count_skipped(result, micro_batches)
+            if not result.skipped and self.ema is not None:
+                self.ema.update(self.step)
             self.step += 1
             self.images += recipe.batch_size
             if watch is not None:
                 ended = time.perf_counter()
                 times = loaded - started, ended - started
                 watch.log_step(self.step, self.images, result, *times, _tokens(micro_batches))
-            if self.engine.any_rank(self.signal is not None):
+            stop, writing = self.engine.any_rank(self.signal is not None, self.writer.busy)
+            if not writing:
+                self.writer.commit()
+            if stop:
                 self._stop_early()
             if self.step % recipe.checkpoint_every == 0:
                 self._save()
-            if watch is not None and recipe.sample_every and self.step % recipe.sample_every == 0:
+            if recipe.sample_every and self.step % recipe.sample_every == 0:
                 self._show(watch)
 
     def _batches(self) -> Iterator[engines.MicroBatch]:
@@ -238,43 +267,70 @@ class Trainer:
             yield engines.MicroBatch(
                 seed=(self.recipe.train.seed * 1_000_003 + int(batch["position"][0])) % 2**63,
                 inputs={k: v.to(self.device, non_blocking=True) for k, v in tensors.items()},
+                keys=tuple(batch["key"]),
             )
 
-    def _count_skipped(self, result: engines.StepResult) -> None:
+    def _count_skipped(
+        self, result: engines.StepResult, micro_batches: list[engines.MicroBatch]
+    ) -> None:
         self.skipped = self.skipped + 1 if result.skipped else 0
-        if result.skipped:
+        if result.skipped and self.rank == 0:
             log.warning(
                 "step %d: loss %s, gradient norm %s; skipped, no weight changed",
                 *(self.step, result.loss, result.grad_norm),
             )
         if self.skipped >= MAX_SKIPPED:
+            folder = self.run_folder / faults.FOLDER
+            faults.write_batch(folder, self.rank, micro_batches)
+            ranks = Ranks(self.rank, self.engine.world, engines.gather)
+            self._write(CheckpointWriter(folder, ranks, keep=1, keep_every=None)).finish()
+            keys = [key for keys in engines.gather([b.keys for b in micro_batches]) for key in keys]
+            named = [key for part in keys for key in part]
             raise FloatingPointError(
                 f"{MAX_SKIPPED} steps in a row gave a non-finite loss or gradient (now step "
-                f"{self.step}); resume from the last checkpoint with a lower optim.lr"
+                f"{self.step}); resume from the last checkpoint with a lower optim.lr. The last "
+                f"batch was {', '.join(named[:8])}{', ...' if len(named) > 8 else ''}; to compute "
+                f"it again: python -m fastdiff.training.faults {folder}"
             )
 
     def _save(self) -> None:
-        bad = self._of_ranks(self.limit.counts.state())
+        self._write(self.writer)
+        if not self.recipe.train.background:
+            self.writer.finish()
+        self.limit.check(engines.gather(self.limit.counts.state()))
+
+    def _write(self, writer: CheckpointWriter) -> CheckpointWriter:
+        """Begin a checkpoint of this step."""
+        shares, optimizer = self.engine.shares, self.engine.optimizer
+        averages = {} if self.ema is None else self.ema.state_dict()
+        tensors = tensors_of(shares, optimizer, averages)
         progress = Progress(
             step=self.step,
             images=self.images,
             seed=self.recipe.train.seed,
             world=self.engine.world,
             data=self.dataset.fingerprint,
-            bad=self.limit.total(bad),
+            bad=self.limit.total(engines.gather(self.limit.counts.state())),
+            scaler=self.engine.scaler(),
+        )
+        writer.finish()
+        snapshot = Snapshot(
+            tensors={name: value.detach().to("cpu", copy=True) for name, value in tensors.items()},
+            starts={share.name: share.start for share in shares},
+            shapes={share.name: share.shape for share in shares},
+            updates=updates_of(shares, optimizer),
         )
         text = self.text if isinstance(self.text, SmallTextEncoder) else None
-        save_checkpoint(self.run_folder, progress, self.recipe, self.engine, self.ema, text)
-        self.saved_at = self.step
-        self.limit.check(bad)
+        writer.start(progress, snapshot, self.recipe, text)
+        return writer
 
-    def _of_ranks(self, value: Any) -> list[Any]:
-        """Every rank's value, on every rank. Collective."""
-        if not engines.under_launcher():
-            return [value]
-        values: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(values, value)
-        return values
+    def _save_last(self) -> bool:
+        """Have a checkpoint of this step in place; whether that succeeded."""
+        self.writer.finish()
+        if self.writer.saved != self.step:
+            self._save()
+            self.writer.finish()
+        return self.writer.saved == self.step
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.signal is not None and number == signal.SIGINT:
@@ -284,75 +340,36 @@ class Trainer:
             print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
     def _stop_early(self) -> None:
-        if self.saved_at != self.step:
-            self._save()
-        if self.rank == 0:
+        saved = self._save_last()
+        if self.rank == 0 and saved:
             print(
                 f"\nstopped: step {self.step} of {self.recipe.train.max_steps} is saved in "
                 f"{self.run_folder}; the same command continues from it",
                 file=sys.stderr,
             )
+        elif self.rank == 0:
+            print(
+                f"\nstopped: step {self.step} COULD NOT BE SAVED; the same command continues from "
+                f"step {self.writer.saved or 0}",
+                file=sys.stderr,
+            )
         engines.stop()
-        raise Interrupted(130 if self.signal == signal.SIGINT else 0)
+        raise Interrupted(1 if not saved else 130 if self.signal == signal.SIGINT else 0)
 
-    def _find_checkpoint(self, world: int) -> Path | None:
-        """The checkpoint to resume from, if it is of this model."""
-        checkpoint = latest_checkpoint(self.run_folder)
-        if checkpoint is None:
-            if list_checkpoints(self.run_folder):
-                raise ValueError(
-                    f"{self.run_folder}: no checkpoint is whole; move the folder away to start anew"
-                )
-            return None
-        saved = load(checkpoint / "recipe.yaml")
-        differing = model_differences(self.recipe, saved)
-        if differing:
-            raise ValueError(
-                f"{self.run_folder} holds a run of another model; give another train.out, or the "
-                "same values:\n  " + "\n  ".join(differing)
-            )
-        manifest = read_manifest(checkpoint)
-        assert manifest is not None, "latest_checkpoint returns whole ones"
-        if engines.under_launcher() != (checkpoint / engines.DeepSpeedEngine.TAG).is_dir():
-            here, there = ("a launcher", "plain python")[:: 1 if engines.under_launcher() else -1]
-            raise ValueError(
-                f"{checkpoint} was written under {there} and cannot be resumed under {here}; start "
-                f"the run as before, or give another train.out"
-            )
-        if manifest["world"] != world:
-            raise ValueError(
-                f"{checkpoint} was written by {manifest['world']} ranks, this run has {world}; "
-                "resume on as many"
-            )
-        for name in ("zero", "precision") if engines.under_launcher() else ():
-            now, then = getattr(self.recipe.train, name), getattr(saved.train, name)
-            if now != then:
-                raise ValueError(
-                    f"{checkpoint} was written with train.{name}={then}, this run has {now}; "
-                    "resume with the same, or give another train.out"
-                )
-        return checkpoint
-
-    def _resume(self, checkpoint: Path) -> None:
-        self.engine.load(checkpoint)
-        if self.ema is not None:
-            load_ema(checkpoint, self.ema)
+    def _resume(self, checkpoint: Path, saved: SavedState) -> None:
         manifest = read_manifest(checkpoint)
         assert manifest is not None, "it was whole when it was chosen"
+        self.engine.load(saved, manifest.get("scaler") or {})
+        for share in self.engine.shares:
+            if self.ema is not None and len(share.weight):
+                saved.read(AVERAGE, share.name, share.start, self.ema.shadows[share.name])
         self.step, self.images = int(manifest["step"]), int(manifest["images"])
         self.bad_before = manifest.get("bad") or None
-        if self.rank == 0 and manifest["data"] != self.dataset.fingerprint:
-            log.warning(
-                "%s was trained on other data than %s holds now; the run goes on with these",
-                *(checkpoint, self.recipe.data.path),
-            )
-        if self.rank == 0 and manifest["seed"] != self.recipe.train.seed:
-            log.warning(
-                "%s was trained with train.seed=%s; from here the data follow seed %s",
-                *(checkpoint, manifest["seed"], self.recipe.train.seed),
-            )
+        self.writer.saved = step_of(checkpoint)
         if self.rank == 0:
-            log.info("continuing from step %d (%s)", self.step, checkpoint)
+            resume.tell(
+                checkpoint, manifest, self.recipe, self.dataset.fingerprint, self.engine.world
+            )
 
     def _open_data(self, path: str) -> FolderDataset | ShardDataset | TrainingPictures:
         data, text = self.recipe.data, self.recipe.text
@@ -400,7 +417,7 @@ class Trainer:
                 f"limit of {self.recipe.data.bad_limit:.2%}; first: {worst.path}: {worst.reason}; "
                 "repair or move them, or raise data.bad-limit"
             )
-        seen = self._of_ranks(self.dataset.fingerprint)
+        seen = engines.gather(self.dataset.fingerprint)
         if len(set(seen)) > 1:
             raise ValueError(
                 f"{self.recipe.data.path} differs between the ranks (fingerprints {seen}); "
@@ -417,7 +434,7 @@ class Trainer:
         if self.recipe.text.encoder == "t5":
             return make_t5(self.recipe, self.device)
         if checkpoint is not None:
-            return SmallTextEncoder.from_pretrained(checkpoint / TEXT_FOLDER)
+            return SmallTextEncoder.from_vocabulary(checkpoint / TEXT_FOLDER)
         config = self.recipe.text
         return SmallTextEncoder.from_captions(
             _some_captions(self.dataset),
@@ -426,24 +443,33 @@ class Trainer:
             max_length=config.max_length,
         )
 
-    def _averaged(self) -> Learner:
-        """A learner that holds the averaged weights, on this rank's device."""
-        assert self.ema is not None, "rank 0 has the average"
+    def _averaged(self) -> Learner | None:
+        """A learner that holds the averaged weights, on rank 0's device. Collective."""
+        averages = self.engine.whole({} if self.ema is None else self.ema.state_dict())
+        if self.rank != 0:
+            return None
         text = self.text
         if isinstance(text, SmallTextEncoder):
             text = text.fresh()
-        learner = Learner(self.recipe, text).to(self.device)
-        self.ema.copy_to(learner)
-        return learner.eval()
+        learner = Learner(self.recipe, text)
+        parameters = dict(learner.named_parameters())
+        with torch.no_grad():
+            for name, value in averages.items():
+                parameters[name].copy_(value)
+        return learner.to(self.device).eval()
 
-    def _show(self, watch: Watch) -> None:
-        """Draw the recipe's prompts; a drawing that fails does not end the run."""
+    def _show(self, watch: Watch | None) -> None:
+        """Draw the recipe's prompts; a drawing that fails does not end the run. Collective."""
         sample = self.recipe.sample
         if not sample.prompts:
             return
         try:
-            self._need_text()
-            pictures = self._averaged().draw(
+            if self.rank == 0:
+                self._need_text()
+            learner = self._averaged()
+            if learner is None or watch is None:
+                return
+            pictures = learner.draw(
                 sample.prompts,
                 range(len(sample.prompts)),
                 steps=sample.steps,
@@ -467,13 +493,38 @@ class Trainer:
                 )
 
     def _export(self) -> None:
+        """Write the averaged weights for `from_pretrained`. Collective."""
         learner = self._averaged()
+        if learner is None:
+            return
         learner.backbone.save_pretrained(self.run_folder / "model")
         if learner.text is not None:
             learner.text.save_pretrained(self.run_folder / "model" / TEXT_FOLDER)
         if self.labels:
             names = json.dumps(list(self.labels), indent=2)
             (self.run_folder / "model" / LABELS_FILE).write_text(names + "\n")
+        log.info("done: %d steps, weights in %s", self.step, self.run_folder / "model")
+
+
+def _on_first_rank(rank: int, call: Callable[[], T], *, told: bool) -> T:
+    """What a call gives on rank 0; its error is raised on every rank. Collective.
+
+    Args:
+        rank: This process.
+        call: Made on rank 0 alone.
+        told: Whether the other ranks get the value (it is pickled) or None.
+    """
+    value: Any = None
+    error: Exception | None = None
+    if rank == 0:
+        try:
+            value = call()
+        except (RuntimeError, ValueError, OSError) as caught:
+            error = caught
+    error, others = engines.gather((error, value if told else None))[0]
+    if error is not None:
+        raise error
+    return cast("T", value if rank == 0 else others)
 
 
 def _tokens(micro_batches: list[engines.MicroBatch]) -> float:
@@ -536,10 +587,7 @@ def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[Learner,
     elif recipe.text.encoder == "t5":
         text = make_t5(recipe, device)
     else:
-        text = SmallTextEncoder.from_pretrained(checkpoint / TEXT_FOLDER)
-    learner = Learner(recipe, text).to(device)
-    parameters: list[tuple[str, nn.Parameter]] = list(learner.named_parameters())
-    ema = EMA(parameters)
-    load_ema(checkpoint, ema)
-    ema.copy_to(learner)
-    return learner.eval(), recipe
+        text = SmallTextEncoder.from_vocabulary(checkpoint / TEXT_FOLDER)
+    learner = Learner(recipe, text)
+    open_state(checkpoint).copy_to(learner, AVERAGE)
+    return learner.to(device).eval(), recipe
