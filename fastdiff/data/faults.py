@@ -138,12 +138,17 @@ class BadSampleLimit:
         if self.file is None or not records or self.told >= MAX_TOLD:
             return
         self.told += len(records)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a", encoding="utf-8") as file:
-            for record in records:
-                told = record._asdict()
-                del told["probe"], told["lost"]
-                file.write(json.dumps(told) + "\n")
+        lines = []
+        for record in records:
+            told = record._asdict()
+            del told["probe"], told["lost"]
+            lines.append(json.dumps(told) + "\n")
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError as error:  # a full disk does not end the run
+            log.warning("%s cannot be written: %s", self.file, error)
 
     def total(self, ranks: Iterable[dict[str, Any]]) -> dict[str, Any]:
         """The run's counts: those before, and those of every rank since.

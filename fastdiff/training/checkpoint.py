@@ -147,7 +147,7 @@ class CheckpointWriter:
             recipe: The run's.
             text: The small text encoder, for its vocabulary.
         """
-        self.finish()
+        self.commit()
         self._progress, self._shapes = progress, snapshot.shapes
         self._files, self._error = {}, None
         partial = self._partial
@@ -185,14 +185,13 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=write, name="fastdiff checkpoint")
         self._thread.start()
 
-    def commit(self) -> bool:
-        """Put the checkpoint in place once every rank has written its part; waits for them.
+    def commit(self) -> None:
+        """Put the checkpoint in flight in place, if there is one; waits for all ranks' parts.
 
-        Returns:
-            Whether it is there; True too where none was in flight.
+        `saved` is its step then, or as before where it failed.
         """
         if self._progress is None:
-            return True
+            return
         if self._thread is not None:
             self._thread.join()
         step, partial = self._progress.step, self._partial
@@ -213,13 +212,8 @@ class CheckpointWriter:
                     "newest checkpoint is that of step %s",
                     *(step, "; ".join(errors), self.saved),
                 )
-            return False
-        self.saved = step
-        return True
-
-    def finish(self) -> bool:
-        """`commit` what is in flight, if anything is."""
-        return self.commit()
+        else:
+            self.saved = step
 
     @property
     def _partial(self) -> Path:
@@ -241,6 +235,8 @@ class CheckpointWriter:
             "parameters": {name: list(shape) for name, shape in self._shapes.items()},
             "files": files,
         }
+        manifest = json.loads(json.dumps(manifest))  # keys as they will be read
+        manifest["sha256"] = _digest(manifest)
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         _sync(partial / _MANIFEST)
         for folder in {(partial / name).parent for name in files} | {partial}:
@@ -276,13 +272,16 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
-    """A checkpoint's manifest, or None if files are missing or of another size."""
+    """A checkpoint's manifest; None if it is damaged, or files are missing or of another size."""
     try:
         manifest = json.loads((checkpoint / _MANIFEST).read_text())
         Progress(**{f.name: manifest[f.name] for f in fields(Progress) if f.name in manifest})
         files = manifest["files"].items()
-        whole = manifest["format"] == FORMAT and all(
-            (checkpoint / name).stat().st_size == of["size"] for name, of in files
+        unchanged = manifest.pop("sha256") == _digest(manifest)
+        whole = (
+            manifest["format"] == FORMAT
+            and unchanged
+            and all((checkpoint / name).stat().st_size == of["size"] for name, of in files)
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -341,6 +340,10 @@ def open_state(checkpoint: Path) -> SavedState:
         raise ValueError(f"{checkpoint} is not whole")
     files = [checkpoint / name for name in manifest["files"] if name.startswith("state-")]
     return SavedState(files, manifest["parameters"])
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _describe(file: Path) -> dict[str, Any]:

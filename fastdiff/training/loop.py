@@ -283,7 +283,7 @@ class Trainer:
             folder = self.run_folder / faults.FOLDER
             faults.write_batch(folder, self.rank, micro_batches)
             ranks = Ranks(self.rank, self.engine.world, engines.gather)
-            self._write(CheckpointWriter(folder, ranks, keep=1, keep_every=None)).finish()
+            self._write(CheckpointWriter(folder, ranks, keep=1, keep_every=None)).commit()
             keys = [key for keys in engines.gather([b.keys for b in micro_batches]) for key in keys]
             named = [key for part in keys for key in part]
             raise FloatingPointError(
@@ -296,7 +296,7 @@ class Trainer:
     def _save(self) -> None:
         self._write(self.writer)
         if not self.recipe.train.background:
-            self.writer.finish()
+            self.writer.commit()
         self.limit.check(engines.gather(self.limit.counts.state()))
 
     def _write(self, writer: CheckpointWriter) -> CheckpointWriter:
@@ -313,7 +313,7 @@ class Trainer:
             bad=self.limit.total(engines.gather(self.limit.counts.state())),
             scaler=self.engine.scaler(),
         )
-        writer.finish()
+        writer.commit()
         snapshot = Snapshot(
             tensors={name: value.detach().to("cpu", copy=True) for name, value in tensors.items()},
             starts={share.name: share.start for share in shares},
@@ -326,10 +326,10 @@ class Trainer:
 
     def _save_last(self) -> bool:
         """Have a checkpoint of this step in place; whether that succeeded."""
-        self.writer.finish()
+        self.writer.commit()
         if self.writer.saved != self.step:
             self._save()
-            self.writer.finish()
+            self.writer.commit()
         return self.writer.saved == self.step
 
     def _on_signal(self, number: int, frame: Any) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,13 @@ from fastdiff.training.config import Recipe
 from fastdiff.training.engine import StepResult, learning_rate
 from fastdiff.training.sensors import Sensors, make_utilisation
 
+log = logging.getLogger("fastdiff")
+
 
 class Watch:
     """What one sees of a run: progress bar, `metrics.jsonl`, TensorBoard, sample grids.
+
+    A full disk costs points of the log, and a warning; it does not end the run.
 
     Args:
         recipe: The run's.
@@ -38,6 +45,7 @@ class Watch:
         self.sensors = Sensors(device)
         self.utilisation = make_utilisation(recipe, device)
         folder = Path(recipe.train.out)
+        self._warned: set[str] = set()
         self.samples = folder / "samples"
         self.samples.mkdir(exist_ok=True)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -113,12 +121,23 @@ class Watch:
             f"loss {loss}, {point['images_per_s']:.0f} images/s, "
             f"{self.step_time / count * 1000:.0f} ms/step"
         )
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(point) + "\n")
-        for name, value in point.items():
-            if name != "step" and value is not None:
-                self.board.add_scalar(f"train/{name}", value, step)
+        with self._tolerating("metrics.jsonl"):
+            _append(self.metrics, json.dumps(point) + "\n")
+        with self._tolerating("TensorBoard's log"):
+            for name, value in point.items():
+                if name != "step" and value is not None:
+                    self.board.add_scalar(f"train/{name}", value, step)
         self._forget()
+
+    @contextmanager
+    def _tolerating(self, what: str) -> Iterator[None]:
+        """A file that cannot be written is told once."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self._warned:
+                log.warning("%s cannot be written: %s; points are lost", what, error)
+            self._warned.add(what)
 
     def _by_band(self) -> dict[str, float | None]:
         """Mean loss of rank 0's images in each band of diffusion time, None without an image."""
@@ -147,7 +166,20 @@ class Watch:
     def close(self) -> None:
         """Flush everything."""
         self.bar.close()
-        self.board.close()
+        with self._tolerating("TensorBoard's log"):
+            self.board.close()
+
+
+def _append(file: Path, line: str) -> None:
+    """Append a line as a whole or not at all."""
+    with file.open("ab") as opened:
+        size = opened.tell()
+        try:
+            opened.write(line.encode())
+            opened.flush()
+        except OSError:
+            opened.truncate(size)
+            raise
 
 
 def _step_of(line: str) -> int:
