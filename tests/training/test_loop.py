@@ -21,6 +21,7 @@ from tiny import ASCEND, IUVIT, tiny_recipe
 import fastdiff
 from fastdiff.data import scenes
 from fastdiff.data.stream import BadSampleError
+from fastdiff.training import faults
 from fastdiff.training.checkpoint import (
     latest_checkpoint,
     list_checkpoints,
@@ -167,10 +168,41 @@ def test_a_non_finite_step_changes_nothing_and_a_row_of_them_stops(tmp_path):
         head[0] = torch.inf
     before = {n: p.clone() for n, p in trainer.engine.learner.named_parameters()}
     averaged = {n: v.clone() for n, v in trainer.ema.state_dict().items()}
-    with pytest.raises(FloatingPointError, match="20 steps in a row"):
+    told = r"20 steps in a row .* The last batch was images/.*: python -m fastdiff.training.faults"
+    with pytest.raises(FloatingPointError, match=told):
         trainer.run()
     assert_same(before, dict(trainer.engine.learner.named_parameters()))
     assert_same(averaged, trainer.ema.state_dict())
+
+
+def test_a_bad_batch_is_kept_and_replayed(tmp_path, capsys):
+    """One picture of the batch that stops a run is to blame, and the replay names it."""
+    recipe = tiny_recipe(tmp_path, max_steps=40, micro_batch=4)
+    trainer = Trainer(recipe, 0, 1, torch.device("cpu"))
+    step, seen = trainer.engine.step, []
+
+    def spoiled(micro_batches, lr):
+        if trainer.step >= 3:
+            micro_batches[1].inputs["x0"][2, 0, 0, 0] = torch.inf
+            seen.append(micro_batches[1].keys[2])
+        return step(micro_batches, lr)
+
+    trainer.engine.step = spoiled
+    with pytest.raises(FloatingPointError, match="now step 22"):
+        trainer.run()
+    faults.main([str(tmp_path / "run" / "nonfinite")])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if "<- not finite" in line] == [seen[-1]]
+    assert len([line for line in lines if "loss" in line]) == 8
+    assert "gradients that are not finite: 0" not in lines[8]
+    # A sound batch gives the same losses as it did in the run.
+    kept = faults.read_batches(tmp_path / "run" / "nonfinite" / "batch-00000.safetensors")
+    losses = trainer.engine.learner(**kept[0].inputs)
+    samples, _ = faults.replay(tmp_path / "run" / "nonfinite")
+    torch.testing.assert_close([s.loss for s in samples[:4]], losses.tolist(), rtol=1e-6, atol=0)
+    assert latest_checkpoint(tmp_path / "run").name == "step-00000020"  # the dump is not one
+    with pytest.raises(SystemExit, match="holds no batch"):
+        faults.main([str(tmp_path)])
 
 
 def test_a_run_of_another_model_is_refused_with_the_fields(tmp_path):
