@@ -35,10 +35,23 @@ class Panel:
 
 
 PANELS = (
-    Panel("loss", (("loss", "training"), ("val_loss", "validation")), log=True),
+    Panel(
+        "loss",
+        (
+            ("loss", "training"),
+            ("val_loss", "validation"),
+            ("val_loss_raw", "validation, without average"),
+        ),
+        log=True,
+    ),
     Panel(
         "loss by quarter of diffusion time",
         tuple((f"loss_band_{i}", f"{i}/4 to {i + 1}/4 of T") for i in range(4)),
+        log=True,
+    ),
+    Panel(
+        "validation loss by diffusion time",
+        tuple((f"val_loss_t{k}", f"{2 * k + 1}/16 of T") for k in range(8)),
         log=True,
     ),
     Panel("gradient norm", (("grad_norm", ""),), log=True),
@@ -156,7 +169,7 @@ def _draw_panel(ax: Any, panel: Panel, runs: Sequence[Run]) -> None:
             ax.plot(
                 steps,
                 values,
-                ("-", "--", ":", "-.")[place],
+                ("-", "--", ":", "-.")[place % 4],
                 color=f"C{number % 10}" if len(runs) > 1 else f"C{place}",
                 marker="." if len(steps) < 10 else None,
                 label=words or None,

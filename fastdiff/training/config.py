@@ -38,6 +38,9 @@ class DataConfig:
         window: Shards whose samples are mixed with each other; two windows are on disk at a time.
         cache: Local folder for remote shards, shared by the processes of a machine.
         cache_gib: Its largest size.
+        held_out: As `path`, of pictures that are not in it, for `train.validate_every`. Captions
+            are encoded as they are read, also where those of `path` have stored features.
+        held_out_images: So many of them are used, spread evenly.
     """
 
     path: str | None = None
@@ -49,6 +52,8 @@ class DataConfig:
     window: int = 16
     cache: str = DEFAULT_FOLDER
     cache_gib: float = DEFAULT_CACHE_GIB
+    held_out: str | None = None
+    held_out_images: int = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +143,8 @@ class TrainConfig:
         condition_dropout: Share of captions replaced by the null condition.
         log_every: Steps between points in the log.
         sample_every: Steps between sample grids, 0 = none.
+        validate_every: Steps between losses of `data.held_out` on fixed noise at 8 times, of the
+            averaged weights and of those trained, 0 = none. Rank 0 computes them.
         checkpoint_every: Steps between checkpoints.
         background: Write them beside the training, from a copy in host memory.
         keep: Newest checkpoints kept.
@@ -160,6 +167,7 @@ class TrainConfig:
     condition_dropout: float = 0.1
     log_every: int = 50
     sample_every: int = 5000
+    validate_every: int = 0
     checkpoint_every: int = 1000
     background: bool = True
     keep: int = 2
@@ -226,6 +234,13 @@ class Recipe:
         _at_least(1, "train.keep_every", train.keep_every)
         _at_least(1, "train.threads", train.threads)
         _at_least(0, "train.sample_every", train.sample_every)
+        _at_least(0, "train.validate_every", train.validate_every)
+        _at_least(1, "data.held_out_images", self.data.held_out_images)
+        if train.validate_every and self.data.held_out is None:
+            raise ValueError(
+                f"Recipe: train.validate_every={train.validate_every} needs data.held_out, "
+                "pictures that are not trained on"
+            )
         if train.offload and train.zero == 0:
             raise ValueError("Recipe: train.offload=True needs train.zero of 1 to 3")
         _at_least(0, "data.workers", self.data.workers)

@@ -44,6 +44,7 @@ from fastdiff.training.lock import RunLock
 from fastdiff.training.pictures import TrainingPictures
 from fastdiff.training.shares import EMA as AVERAGE
 from fastdiff.training.shares import WEIGHT, SavedState, tensors_of, updates_of
+from fastdiff.training.validation import HeldOut, as_point, open_held_out, validation_losses
 from fastdiff.training.watch import Watch
 
 log = logging.getLogger("fastdiff")
@@ -118,6 +119,11 @@ class Trainer:
         self._check_data()
         names = getattr(self.dataset, "labels", [])
         self.labels = {name: y for y, name in enumerate(names)}
+        self.held_out: HeldOut | None = None
+        if recipe.train.validate_every:
+            self.held_out = _on_first_rank(
+                rank, lambda: open_held_out(recipe, self.labels), told=False
+            )
         checkpoint = _on_first_rank(
             rank, lambda: resume.find_checkpoint(recipe, self.run_folder), told=True
         )
@@ -218,10 +224,13 @@ class Trainer:
                 self.ema.update(self.step)
             self.step += 1
             self.images += recipe.batch_size
+            ended = time.perf_counter()
+            found = self._validate()
             if watch is not None:
-                ended = time.perf_counter()
                 times = loaded - started, ended - started
-                watch.log_step(self.step, self.images, result, *times, _tokens(micro_batches))
+                watch.log_step(
+                    self.step, self.images, result, *times, _tokens(micro_batches), found
+                )
             stop, writing = self.engine.any_rank(self.signal is not None, self.writer.busy)
             if not writing:
                 self.writer.commit()
@@ -443,9 +452,32 @@ class Trainer:
             max_length=config.max_length,
         )
 
+    def _validate(self) -> dict[str, Any]:
+        """Losses of the held-out pictures, where this step has them, on rank 0. Collective."""
+        every = self.recipe.train.validate_every
+        if not every or (self.step % every and self.step != self.recipe.train.max_steps):
+            return {}
+        if self.recipe.model.context_dim is not None:
+            _on_first_rank(self.rank, self._need_text, told=False)
+        losses = []
+        trained = {share.name: share.weight for share in self.engine.shares}
+        for values in ({} if self.ema is None else self.ema.state_dict(), trained):
+            learner = self._learner_of(values)
+            if learner is not None and self.held_out is not None:
+                losses.append(validation_losses(learner, self.held_out, self.recipe))
+        return as_point(*losses) if losses else {}
+
     def _averaged(self) -> Learner | None:
         """A learner that holds the averaged weights, on rank 0's device. Collective."""
-        averages = self.engine.whole({} if self.ema is None else self.ema.state_dict())
+        return self._learner_of({} if self.ema is None else self.ema.state_dict())
+
+    def _learner_of(self, values: dict[str, torch.Tensor]) -> Learner | None:
+        """A learner on rank 0's device, of all ranks' shares of its weights. Collective.
+
+        Args:
+            values: This rank's shares by name, float32.
+        """
+        weights = self.engine.whole(values)
         if self.rank != 0:
             return None
         text = self.text
@@ -454,7 +486,7 @@ class Trainer:
         learner = Learner(self.recipe, text)
         parameters = dict(learner.named_parameters())
         with torch.no_grad():
-            for name, value in averages.items():
+            for name, value in weights.items():
                 parameters[name].copy_(value)
         return learner.to(self.device).eval()
 

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ class Watch:
         data_time: float,
         step_time: float,
         tokens: float = 0.0,
+        found: Mapping[str, float] | None = None,
     ) -> None:
         """Count one optimiser step.
 
@@ -86,6 +87,7 @@ class Watch:
             data_time: Seconds of waiting for the loader.
             step_time: Seconds in all.
             tokens: Of a text in this step, padding counted.
+            found: Further fields; a step that has them gets a point of its own in the log.
         """
         self.count += 1
         if result.skipped:
@@ -99,7 +101,7 @@ class Watch:
         self.step_time += step_time
         self.bar.update()
         every = self.recipe.train.log_every
-        if step % every and step != self.recipe.train.max_steps:
+        if step % every and step != self.recipe.train.max_steps and not found:
             return
         count = self.count
         point: dict[str, Any] = {
@@ -113,7 +115,7 @@ class Watch:
             "step_s": self.step_time / count,
             "data_s": self.data_time / count,
         }
-        point |= self._by_band() | self.sensors.read()
+        point |= self._by_band() | self.sensors.read() | dict(found or {})
         if self.utilisation is not None:
             point["mfu"] = self.utilisation(point["images_per_s"] / self.world, self.tokens / count)
         loss = "not finite" if point["loss"] is None else f"{point['loss']:.4f}"
