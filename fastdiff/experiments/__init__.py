@@ -1,0 +1,1 @@
+"""The paper's experiments at equal, small budgets on the embedded scenes."""

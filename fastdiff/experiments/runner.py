@@ -1,0 +1,289 @@
+"""Runs rows one after another, each in a process of its own; started again it goes on.
+
+In the grid's folder: `results.jsonl` (a line a finished row), `runs/` (what the trainer writes),
+`data/`, `features/`, `pictures/`. Each line names the commit, the versions and the hashes that its
+numbers come from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fcntl
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from fastdiff.experiments.grid import DEFAULT, FULL, Row, Scale, parameters, rows, settings_of
+
+RESULTS = "results.jsonl"
+ROOT = Path(__file__).resolve().parents[2]
+LOCK_PATIENCE_S = 60
+
+
+def read_results(file: Path) -> list[dict[str, Any]]:
+    """Finished rows, the newest of each row and settings; a line that was cut off is left out."""
+    found = {}
+    if file.is_file():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                result = json.loads(line)
+                found[result["row"], result["settings"]] = result
+            except (ValueError, KeyError, TypeError):
+                continue
+    return list(found.values())
+
+
+def append_result(file: Path, result: dict[str, Any]) -> None:
+    """Add a line; one that a kill cut off is ended first."""
+    with file.open("ab+") as opened:
+        if opened.tell():
+            opened.seek(-1, os.SEEK_END)
+            if opened.read(1) != b"\n":
+                opened.write(b"\n")
+        opened.write(json.dumps(result).encode() + b"\n")
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def commit() -> str:
+    """The checkout's commit, "+" where files differ from it; "unknown" outside of one."""
+    try:
+        told = [
+            subprocess.run(
+                ["git", "-C", str(ROOT), *command], check=True, capture_output=True, text=True
+            ).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return told[0] + ("+" if told[1] else "")
+
+
+def run_row(row: Row, scale: Scale, out: Path) -> dict[str, Any]:
+    """Train a row, from its last checkpoint if there is one, and measure it.
+
+    Returns:
+        The line for `results.jsonl`.
+    """
+    import torch
+
+    from fastdiff.experiments.evaluate import train_and_measure
+
+    if scale.threads is not None:
+        torch.set_num_threads(scale.threads)
+    found = train_and_measure(row, scale, out)
+    cuda = torch.cuda.is_available()
+    return {
+        "row": row.id,
+        "experiment": row.experiment,
+        "name": row.name,
+        "title": row.title,
+        "seed": row.seed,
+        "task": row.task,
+        "side": row.side,
+        "paper": row.paper,
+        "settings": settings_of(row, scale),
+        "steps": row.snapshots[-1] if row.snapshots else scale.steps,
+        "batch_size": scale.batch_size,
+        "parameters": parameters(row.model),
+        "commit": commit(),
+        "torch": torch.__version__,
+        "machine": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "threads": torch.get_num_threads(),
+        **found,
+    }
+
+
+class Stopped(SystemExit):
+    """A signal asked the runner to stop; the run in flight has saved its checkpoint."""
+
+
+class Runner:
+    """Runs what is missing.
+
+    Args:
+        wanted: The rows.
+        scale: The budget.
+        arguments: Of the command line, which a row's process is given too.
+        out: The grid's folder; locked while this or a row's process lives.
+    """
+
+    def __init__(
+        self, wanted: Sequence[Row], scale: Scale, arguments: Sequence[str], out: Path
+    ) -> None:
+        self.wanted, self.scale, self.arguments, self.out = wanted, scale, arguments, out
+        out.mkdir(parents=True, exist_ok=True)
+        self._lock = (out / ".lock").open("a")
+        self._take_lock()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._signal: int | None = None
+
+    def _take_lock(self) -> None:
+        # A row's process holds the lock, too: after a kill -9 of the runner it first saves.
+        for waited in range(LOCK_PATIENCE_S + 1):
+            try:
+                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if waited == 0:
+                    print(f"{self.out} is in use; waiting for {LOCK_PATIENCE_S} s", file=sys.stderr)
+                time.sleep(1)
+        sys.exit(f"{self.out} is in use by another runner")
+
+    def run(self) -> int:
+        """Run; the number of rows that failed.
+
+        Raises:
+            Stopped: After SIGINT or SIGTERM.
+        """
+        file = self.out / RESULTS
+        done = {(r["row"], r["settings"]) for r in read_results(file)}
+        left = [r for r in self.wanted if (r.id, settings_of(r, self.scale)) not in done]
+        print(
+            f"{len(self.wanted) - len(left)} of {len(self.wanted)} rows are done", file=sys.stderr
+        )
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        failed, started = 0, time.monotonic()
+        for count, row in enumerate(left):
+            minutes = (time.monotonic() - started) / 60
+            rest = f", about {minutes / count * (len(left) - count):.0f} min left" if count else ""
+            print(f"[{count + 1}/{len(left)}] {row.id}: {row.title}{rest}", file=sys.stderr)
+            result = self._in_process(row)
+            if self._signal is not None:
+                raise Stopped(128 + self._signal)
+            if result is None:
+                failed += 1
+                print(f"{row.id} failed; the others go on", file=sys.stderr)
+            else:
+                append_result(file, result)
+        return failed
+
+    def _in_process(self, row: Row) -> dict[str, Any] | None:
+        answer = self.out / "answers" / f"{row.id.replace('/', '-')}.json"
+        answer.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "fastdiff.experiments.runner", *self.arguments]
+        # A session of its own: Ctrl-C reaches the runner alone, which tells it on. Its standard
+        # input closes when the runner is gone, however that came.
+        self._child = subprocess.Popen(
+            [*command, "--run", row.id],
+            stdin=subprocess.PIPE,
+            pass_fds=(self._lock.fileno(),),
+            start_new_session=True,
+        )
+        if self._signal is not None:
+            self._child.terminate()
+        code = self._child.wait()
+        return None if code or not answer.is_file() else json.loads(answer.read_text())
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+        if self._child is not None and self._child.poll() is None:
+            self._child.terminate()
+
+
+def _stop_with_the_runner() -> None:
+    """End this process as SIGTERM does once its standard input is closed."""
+
+    def wait() -> None:
+        while os.read(0, 1024):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def make_scale(options: argparse.Namespace) -> Scale:
+    """The budget that a command line asks for."""
+    scale = FULL if options.full else DEFAULT
+    small: dict[str, Any] = {}
+    if options.steps is not None:
+        small |= {"steps": options.steps, "extractor_steps": options.steps}
+        small["snapshots"] = tuple(sorted({max(1, options.steps // 4), options.steps}))
+    if options.samples is not None:
+        n = options.samples
+        small |= {"samples": n, "figure1_samples": n, "held_out": n, "real": 4 * n}
+    if options.pictures is not None:
+        small["pictures"] = options.pictures
+    if options.batch_size is not None:
+        small["batch_size"] = options.batch_size
+    return dataclasses.replace(scale, **small)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="train/experiments.py",
+        description="The paper's experiments again, on the embedded scenes, at equal budgets.",
+    )
+    parser.add_argument("--list", action="store_true", help="show the rows and what is done")
+    parser.add_argument(
+        "--only", action="append", metavar="ROW", help="rows by name, * allowed; may be repeated"
+    )
+    parser.add_argument("--full", action="store_true", help="the budget of a GPU, three seeds")
+    parser.add_argument("--out", type=Path, default=Path("runs/experiments"), metavar="FOLDER")
+    parser.add_argument("--steps", type=int, metavar="N", help="optimiser steps of a row")
+    parser.add_argument("--samples", type=int, metavar="N", help="pictures of every measurement")
+    parser.add_argument("--pictures", type=int, metavar="N", help="of the training set")
+    parser.add_argument("--batch-size", type=int, metavar="N")
+    parser.add_argument("--run", metavar="ROW", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    for name in ("steps", "samples", "pictures", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if options.samples is not None and options.samples < 2:
+        parser.error(f"--samples {options.samples}: a variance needs at least 2")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """What `train/experiments.py` does."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options = parse(arguments)
+    scale, out = make_scale(options), options.out
+    every = rows(scale)
+    if options.run is not None:
+        return _run_one(next(row for row in every if row.id == options.run), scale, out)
+    wanted = [r for r in every if any(fnmatch(r.id, p) for p in options.only or ["*"])]
+    unknown = [p for p in options.only or [] if not any(fnmatch(r.id, p) for r in every)]
+    if unknown:
+        sys.exit(f"train/experiments.py: no row {unknown[0]!r}; --list shows them")
+    if options.list:
+        done = {(r["row"], r["settings"]) for r in read_results(out / RESULTS)}
+        for row in wanted:
+            state = "done" if (row.id, settings_of(row, scale)) in done else "-"
+            size = f"{parameters(row.model) / 1e6:6.2f}M"
+            print(f"{row.id:36s} {row.side:3d} px  {size}  {state:5s} {row.title}")
+        return None
+    failed = Runner(wanted, scale, arguments, out).run()
+    if failed:
+        sys.exit(f"train/experiments.py: {failed} of {len(wanted)} rows failed")
+    return None
+
+
+def _run_one(row: Row, scale: Scale, out: Path) -> None:
+    from fastdiff.training.cli import log_to_stderr
+
+    log_to_stderr()
+    _stop_with_the_runner()
+    answer = out / "answers" / f"{row.id.replace('/', '-')}.json"
+    result = run_row(row, scale, out)
+    answer.parent.mkdir(parents=True, exist_ok=True)
+    beside = answer.with_suffix(".partial")
+    beside.write_text(json.dumps(result))
+    beside.replace(answer)
+
+
+if __name__ == "__main__":
+    main()
