@@ -57,7 +57,10 @@ PANELS = (
     Panel("gradient norm", (("grad_norm", ""),), log=True),
     Panel("learning rate", (("lr", ""),)),
     Panel("images/s", (("images_per_s", ""),)),
-    Panel("seconds of a step", (("step_s", "whole"), ("data_s", "waiting for data"))),
+    Panel(
+        "seconds of a step",
+        (("step_s", "whole"), ("data_s", "waiting for data"), ("wait_s", "for other ranks")),
+    ),
     Panel("model FLOP utilisation", (("mfu", ""),)),
     Panel(
         "memory, GiB",

@@ -67,6 +67,7 @@ HOME = {
         "fastdiff/integrations/schedulers.py",
     },
     "pynvml": {"fastdiff/training/sensors.py"},
+    "wandb": {"fastdiff/training/watch.py"},
     "flash_attn": {"fastdiff/nn/attention.py"},
     "xformers": {"fastdiff/nn/attention.py"},
 }

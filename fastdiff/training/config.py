@@ -145,6 +145,7 @@ class TrainConfig:
         sample_every: Steps between sample grids, 0 = none.
         validate_every: Steps between losses of `data.held_out` on fixed noise at 8 times, of the
             averaged weights and of those trained, 0 = none. Rank 0 computes them.
+        wandb: Log to Weights & Biases too (needs `pip install wandb`).
         checkpoint_every: Steps between checkpoints.
         background: Write them beside the training, from a copy in host memory.
         keep: Newest checkpoints kept.
@@ -168,6 +169,7 @@ class TrainConfig:
     log_every: int = 50
     sample_every: int = 5000
     validate_every: int = 0
+    wandb: bool = False
     checkpoint_every: int = 1000
     background: bool = True
     keep: int = 2

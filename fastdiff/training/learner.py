@@ -145,21 +145,72 @@ class Learner(nn.Module):
         Returns:
             (B, 3, H, W) float32 in [-1, 1], on the CPU.
         """
-        device = next(self.backbone.parameters()).device
+
+        def condition(part: slice) -> dict[str, Any]:
+            if guidance == 0:
+                return {}
+            context, mask = self.encoder.encode(list(captions[part]))
+            return {"context": context.to(self._device), "context_mask": mask.to(self._device)}
+
+        return self._draw(seeds, condition, steps, guidance, batch, progress)
+
+    @torch.no_grad()
+    def draw_labels(
+        self,
+        labels: Sequence[int] | None,
+        seeds: Sequence[int],
+        *,
+        steps: int = 50,
+        guidance: float = 1.0,
+        batch: int = 64,
+    ) -> Tensor:
+        """Draw one picture for each seed with DDIM, without text.
+
+        Args:
+            labels: B of the model's labels; None for a model without.
+            seeds: B seeds; a picture depends on its own seed and label alone.
+            steps: DDIM steps.
+            guidance: Scale of classifier-free guidance.
+            batch: Pictures drawn at once.
+
+        Returns:
+            (B, 3, H, W) float32 in [-1, 1], on the CPU.
+        """
+
+        def condition(part: slice) -> dict[str, Any]:
+            if labels is None:
+                return {}
+            y = torch.tensor(labels[part], device=self._device)
+            return {"y": y, "null_y": self.backbone.config.num_classes}
+
+        return self._draw(seeds, condition, steps, guidance, batch, None)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.backbone.parameters()).device
+
+    def _draw(
+        self,
+        seeds: Sequence[int],
+        condition: Callable[[slice], dict[str, Any]],
+        steps: int,
+        guidance: float,
+        batch: int,
+        progress: Callable[[int], Any] | None,
+    ) -> Tensor:
         height, width = self.backbone.config.image_size
         pictures = []
         training = self.training
         self.eval()
-        for start in range(0, len(captions), batch):
+        for start in range(0, len(seeds), batch):
             part = slice(start, start + batch)
-            features = self.encoder.encode(list(captions[part]))
-            context, mask = (tensor.to(device) for tensor in features)
+            given = condition(part)
             model: Callable[[Tensor, Tensor], Tensor] = self.backbone
-            if guidance != 0:
-                model = classifier_free(self.backbone, guidance, context=context, context_mask=mask)
-            x_T = initial_noise(seeds[part], (3, height, width), device)
+            if given:
+                model = classifier_free(self.backbone, guidance, **given)
+            x_T = initial_noise(seeds[part], (3, height, width), self._device)
             pictures.append(sample_ddim(model, x_T, self.process, steps=steps).float().cpu())
             if progress is not None:
-                progress(len(context))
+                progress(len(x_T))
         self.train(training)
         return torch.cat(pictures).clamp(-1.0, 1.0)

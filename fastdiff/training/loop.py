@@ -11,7 +11,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -51,6 +51,7 @@ log = logging.getLogger("fastdiff")
 
 T = TypeVar("T")
 MAX_SKIPPED = 20
+GRID = 16  # pictures of a sample grid without prompts
 VOCABULARY_SAMPLES = 20_000
 LABELS_FILE = "labels.json"
 NOISE_STREAM = 0x7472_6E00  # of philox_normal: apart from the streams that sampling uses
@@ -225,13 +226,14 @@ class Trainer:
             self.step += 1
             self.images += recipe.batch_size
             ended = time.perf_counter()
+            stop, writing = self.engine.any_rank(self.signal is not None, self.writer.busy)
+            waited = time.perf_counter() - ended
             found = self._validate()
             if watch is not None:
-                times = loaded - started, ended - started
+                times = loaded - started, ended + waited - started, waited
                 watch.log_step(
                     self.step, self.images, result, *times, _tokens(micro_batches), found
                 )
-            stop, writing = self.engine.any_rank(self.signal is not None, self.writer.busy)
             if not writing:
                 self.writer.commit()
             if stop:
@@ -491,23 +493,33 @@ class Trainer:
         return learner.to(self.device).eval()
 
     def _show(self, watch: Watch | None) -> None:
-        """Draw the recipe's prompts; a drawing that fails does not end the run. Collective."""
-        sample = self.recipe.sample
-        if not sample.prompts:
+        """Draw the recipe's prompts, or pictures of a model without text. Collective.
+
+        A drawing that fails does not end the run.
+        """
+        sample, text = self.recipe.sample, self.recipe.model.context_dim is not None
+        if text and not sample.prompts:
             return
         try:
-            if self.rank == 0:
+            if text and self.rank == 0:
                 self._need_text()
             learner = self._averaged()
             if learner is None or watch is None:
                 return
-            pictures = learner.draw(
-                sample.prompts,
-                range(len(sample.prompts)),
-                steps=sample.steps,
-                guidance=sample.guidance,
-            )
-            watch.log_pictures(self.step, pictures)
+            if text:
+                captions: Sequence[str] | None = sample.prompts
+                seeds = range(len(sample.prompts))
+                pictures = learner.draw(
+                    sample.prompts, seeds, steps=sample.steps, guidance=sample.guidance
+                )
+            else:
+                names = list(self.labels)
+                chosen = [i % len(names) for i in range(GRID)] if names else None
+                captions = None if chosen is None else [names[i] for i in chosen]
+                pictures = learner.draw_labels(
+                    chosen, range(GRID), steps=sample.steps, guidance=sample.guidance
+                )
+            watch.log_pictures(self.step, pictures, captions)
         except (RuntimeError, OSError) as error:
             log.warning("step %d: no sample grid: %s", self.step, error)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from fastdiff.grid import picture_grid, to_uint8
-from fastdiff.training.config import Recipe
+from fastdiff.training.config import Recipe, to_dict
 from fastdiff.training.engine import StepResult, learning_rate
 from fastdiff.training.sensors import Sensors, make_utilisation
 
@@ -49,6 +50,7 @@ class Watch:
         self.samples = folder / "samples"
         self.samples.mkdir(exist_ok=True)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.wandb = _start_wandb(recipe) if recipe.train.wandb else None
         self.metrics = folder / "metrics.jsonl"
         if self.metrics.is_file():
             # points after the checkpoint that the run continues from will be made again
@@ -65,7 +67,7 @@ class Watch:
             dynamic_ncols=True,
         )
         self.bands: torch.Tensor | None = None
-        self.step_time = self.data_time = self.tokens = 0.0
+        self.step_time = self.data_time = self.wait_time = self.tokens = 0.0
         self._forget()
 
     def log_step(
@@ -75,6 +77,7 @@ class Watch:
         result: StepResult,
         data_time: float,
         step_time: float,
+        wait_time: float = 0.0,
         tokens: float = 0.0,
         found: Mapping[str, float] | None = None,
     ) -> None:
@@ -86,6 +89,7 @@ class Watch:
             result: What the step gave.
             data_time: Seconds of waiting for the loader.
             step_time: Seconds in all.
+            wait_time: Seconds of waiting for the other ranks, after the step.
             tokens: Of a text in this step, padding counted.
             found: Further fields; a step that has them gets a point of its own in the log.
         """
@@ -99,6 +103,7 @@ class Watch:
         self.tokens += tokens
         self.data_time += data_time
         self.step_time += step_time
+        self.wait_time += wait_time
         self.bar.update()
         every = self.recipe.train.log_every
         if step % every and step != self.recipe.train.max_steps and not found:
@@ -114,6 +119,7 @@ class Watch:
             "images_per_s": count * self.recipe.train.batch_size / self.step_time,
             "step_s": self.step_time / count,
             "data_s": self.data_time / count,
+            "wait_s": self.wait_time / count,
         }
         point |= self._by_band() | self.sensors.read() | dict(found or {})
         if self.utilisation is not None:
@@ -129,6 +135,8 @@ class Watch:
             for name, value in point.items():
                 if name != "step" and value is not None:
                     self.board.add_scalar(f"train/{name}", value, step)
+        if self.wandb is not None:
+            self.wandb.log({f"train/{k}": v for k, v in point.items() if v is not None}, step=step)
         self._forget()
 
     @contextmanager
@@ -157,19 +165,49 @@ class Watch:
         self.bands = None
         self.tokens = 0.0
         self.count = self.skipped = 0
-        self.data_time = self.step_time = 0.0
+        self.data_time = self.step_time = self.wait_time = 0.0
 
-    def log_pictures(self, step: int, pictures: torch.Tensor) -> None:
-        """Write a grid of the recipe's prompts."""
-        grid = picture_grid(pictures, self.recipe.sample.prompts)
+    def log_pictures(
+        self, step: int, pictures: torch.Tensor, captions: Sequence[str] | None
+    ) -> None:
+        """Write a grid of pictures, with their captions where they have some."""
+        grid = picture_grid(pictures, captions)
         grid.save(self.samples / f"step-{step:08d}.png")
         self.board.add_images("samples", to_uint8(pictures), step)
+        if self.wandb is not None:
+            import wandb
+
+            self.wandb.log({"samples": wandb.Image(grid)}, step=step)
 
     def close(self) -> None:
         """Flush everything."""
         self.bar.close()
         with self._tolerating("TensorBoard's log"):
             self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _start_wandb(recipe: Recipe) -> Any:
+    """A run of Weights & Biases, which a resumed run goes on with.
+
+    Raises:
+        ValueError: wandb is not installed.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("train.wandb=True needs wandb: pip install wandb") from error
+    folder = Path(recipe.train.out).resolve()
+    identity = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    return wandb.init(
+        project="fastdiff",
+        name=folder.name,
+        id=identity,
+        resume="allow",
+        dir=str(folder),
+        config=to_dict(recipe),
+    )
 
 
 def _append(file: Path, line: str) -> None:

@@ -229,6 +229,7 @@ def test_every_stage_trains_in_lower_precision(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # within inductor
 def test_a_compiled_backbone_trains_and_resumes(tmp_path):
     recipe = tiny_recipe(tmp_path, model=ASCEND, max_steps=6)
     exact = train(to(recipe, tmp_path / "exact"))

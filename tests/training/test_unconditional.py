@@ -60,7 +60,7 @@ def small(tmp_path: Path, *, classes: int | None = None, **train_fields) -> Reci
 @pytest.mark.parametrize("classes", [None, 2])
 def test_a_run_trains_resumes_and_is_read_again(tmp_path, classes: int | None) -> None:
     write_pictures(tmp_path / "pictures")
-    whole = train(small(tmp_path, classes=classes))
+    whole = train(small(tmp_path, classes=classes, sample_every=2))
     assert len((whole / "metrics.jsonl").read_text().splitlines()) == 3
     out = str(tmp_path / "broken")
     recipe = small(tmp_path, classes=classes, out=out)
@@ -70,8 +70,15 @@ def test_a_run_trains_resumes_and_is_read_again(tmp_path, classes: int | None) -
     mine, other = (load_file(run / "model" / "model.safetensors") for run in (whole, broken))
     assert all(torch.equal(mine[name], other[name]) for name in mine)
 
+    with Image.open(whole / "samples" / "step-00000002.png") as grid:
+        assert grid.size[0] > 4 * 128
     learner, recipe = load_run(whole)
     assert recipe.model.num_classes == classes
+    labels = None if classes is None else [0, 1, 1]
+    drawn = learner.draw_labels(labels, [5, 6, 6], steps=2, guidance=2.0)
+    assert drawn.shape == (3, 3, 16, 16)
+    assert torch.equal(drawn[1], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
     y = None if classes is None else torch.tensor([0, 1])
     model = fastdiff.from_pretrained(whole / "model").eval()
     x, t = torch.randn(2, 3, 16, 16), torch.tensor([1, 999])

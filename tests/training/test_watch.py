@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -96,3 +97,31 @@ def test_utilisation_is_flops_over_the_peak(tmp_path) -> None:
     found = Utilisation(tiny_recipe(tmp_path), peak=1e12)
     assert found.flops(24) == pytest.approx(flops)
     assert found(1000.0, 24) == pytest.approx(1000 * flops / 1e12)
+
+
+def test_wandb_is_asked_for_and_gets_what_the_log_has(tmp_path, monkeypatch) -> None:
+    """wandb itself is a service; this stands where it would be imported."""
+    recipe = tiny_recipe(tmp_path, max_steps=2, sample_every=2, wandb=True)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="needs wandb: pip install wandb"):
+        train(recipe)
+    logged, began = [], []
+    run = SimpleNamespace(
+        log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("end")
+    )
+    module = SimpleNamespace(
+        init=lambda **given: began.append(given) or run, Image=lambda image: image.size
+    )
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    train(recipe)
+    assert began[0]["config"]["train"]["max_steps"] == 2
+    (first, point), (second, _), (third, pictures), end = logged
+    assert (first, second, third, end) == (1, 2, 2, "end")
+    assert point["train/loss"] == json.loads(metrics(tmp_path / "run")[0])["loss"]
+    assert pictures["samples"][0] > 256
+    train(tiny_recipe(tmp_path, max_steps=3, wandb=True))
+    assert began[1]["id"] == began[0]["id"]
+
+
+def metrics(run) -> list[str]:
+    return (run / "metrics.jsonl").read_text().splitlines()
