@@ -4,6 +4,7 @@
     python train/experiments.py --only 'table*'        # Tables 3 and 4: 9 rows, CPU
     python train/experiments.py                        # and Figures 1, 6 and 10
     python train/experiments.py --full                 # a GPU: three seeds, the presets' own sizes
+    python train/experiments.py --report docs/experiments.md
 
 The same command again goes on where it was stopped or killed. `--list` shows the rows.
 """

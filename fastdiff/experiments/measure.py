@@ -27,7 +27,7 @@ FID_ROUNDS = 100
 Number = dict[str, float]  # value, low, high, n
 
 
-def number(value: float, low: float, high: float, n: int) -> Number:
+def number(value: float, low: float, high: float, n: float) -> Number:
     """A measured value, its 95 % interval and what it was measured on."""
     return {"value": value, "low": low, "high": high, "n": n}
 
@@ -210,16 +210,6 @@ def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
 def difference(mine: Sequence[float], other: Sequence[float]) -> Number:
     """Mean of paired differences with its interval: the same pictures with the same noise."""
     return mean(torch.tensor(mine).double() - torch.tensor(other).double())
-
-
-def beyond(found: Number) -> bool:
-    """Whether an interval leaves zero out."""
-    return not found["low"] <= 0 <= found["high"]
-
-
-def overlap(a: Number, b: Number) -> bool:
-    """Whether two intervals share a value."""
-    return a["low"] <= b["high"] and b["low"] <= a["high"]
 
 
 def as_json(value: Any) -> Any:

@@ -232,6 +232,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--full", action="store_true", help="the budget of a GPU, three seeds")
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), metavar="FOLDER")
+    parser.add_argument("--report", type=Path, metavar="FILE.md", help="write the report instead")
     parser.add_argument("--steps", type=int, metavar="N", help="optimiser steps of a row")
     parser.add_argument("--samples", type=int, metavar="N", help="pictures of every measurement")
     parser.add_argument("--pictures", type=int, metavar="N", help="of the training set")
@@ -255,6 +256,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     every = rows(scale)
     if options.run is not None:
         return _run_one(next(row for row in every if row.id == options.run), scale, out)
+    if options.report is not None:
+        from fastdiff.experiments.report import write_report
+
+        try:
+            print(write_report(out, options.report))
+        except (FileNotFoundError, ValueError) as error:
+            sys.exit(f"train/experiments.py: {error}")
+        return None
     wanted = [r for r in every if any(fnmatch(r.id, p) for p in options.only or ["*"])]
     unknown = [p for p in options.only or [] if not any(fnmatch(r.id, p) for r in every)]
     if unknown:

@@ -1,0 +1,383 @@
+"""The page of the experiments, from `results.jsonl`: tables, plots, pictures, verdicts.
+
+What stands in it about the results is computed: a difference whose interval holds zero is called
+none, and the order is told as it came out.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from fastdiff.experiments.grid import BACKBONES, TITLES
+from fastdiff.experiments.measure import Number, difference, number
+from fastdiff.experiments.runner import RESULTS, read_results
+from fastdiff.experiments.tasks import TASKS
+
+#: 97.5 % quantile of Student's t by degrees of freedom, one less than the seeds.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306}
+TASK_TITLES = {
+    "none": "nothing",
+    "label": "a shape",
+    "caption": "a caption",
+    "pair": "two objects",
+}
+#: Number, heading, decimals, whether less is better.
+MEASURES = (
+    ("val_loss", "validation loss", 4, True),
+    ("fid", "FID of scenes", 1, True),
+    ("strict", "clean scenes", 3, False),
+)
+
+Result = dict[str, Any]
+
+
+def over_seeds(numbers: Sequence[Number]) -> Number:
+    """The mean over seeds with Student's interval; of one seed, its own number and interval."""
+    if len(numbers) == 1:
+        return numbers[0]
+    values = [found["value"] for found in numbers]
+    half = STUDENT[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
+    middle = statistics.mean(values)
+    return number(middle, middle - half, middle + half, sum(f["n"] for f in numbers))
+
+
+def apart(mine: Number, other: Number) -> Number:
+    """Difference of two independent numbers, their intervals' sides added in squares.
+
+    Source: Newcombe 1998, method 10, for two shares.
+    """
+    value = mine["value"] - other["value"]
+    below = (mine["value"] - mine["low"]) ** 2 + (other["high"] - other["value"]) ** 2
+    above = (mine["high"] - mine["value"]) ** 2 + (other["value"] - other["low"]) ** 2
+    return number(value, value - below**0.5, value + above**0.5, min(mine["n"], other["n"]))
+
+
+def verdict(found: Number, *, less_is_better: bool) -> str:
+    """ "none" where the interval holds zero, else "better" or "worse"."""
+    if found["low"] <= 0 <= found["high"]:
+        return "none"
+    return "better" if (found["value"] < 0) == less_is_better else "worse"
+
+
+def told(found: Number, decimals: int, *, sign: bool = False) -> str:
+    """A number and its interval."""
+    plus = "+" if sign else ""
+    value, low, high = (f"{found[key]:{plus}.{decimals}f}" for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+class Results:
+    """Finished rows by experiment and name, the newest of each seed."""
+
+    def __init__(self, results: Sequence[Result]) -> None:
+        self.all = list({result["row"]: result for result in results}.values())
+        self.by_name: dict[tuple[str, str], list[Result]] = {}
+        for result in self.all:
+            self.by_name.setdefault((result["experiment"], result["name"]), []).append(result)
+
+    def names(self, experiment: str) -> list[str]:
+        """Rows of an experiment that there are."""
+        return [name for one, name in self.by_name if one == experiment]
+
+    def one(self, experiment: str, name: str) -> Result:
+        """Any seed of a row, for what does not depend on it."""
+        return self.by_name[experiment, name][0]
+
+    def number(self, experiment: str, name: str, key: str) -> Number:
+        """A number over the seeds."""
+        return over_seeds([r["numbers"][key] for r in self.by_name[experiment, name]])
+
+    def change(self, experiment: str, name: str, base: str, key: str) -> Number:
+        """Difference of a row to another; of losses on the same pictures with the same noise."""
+        mine, other = (self.by_name[experiment, x] for x in (name, base))
+        if key != "val_loss":
+            return apart(self.number(experiment, name, key), self.number(experiment, base, key))
+        seeds = {r["seed"]: r for r in other}
+        pairs = [(r, seeds[r["seed"]]) for r in mine if r["seed"] in seeds]
+        return over_seeds([difference(a["val_losses"], b["val_losses"]) for a, b in pairs])
+
+
+def ablation(results: Results, experiment: str, base: str) -> str:
+    """A table of the paper: rows beside one of them, what agrees, the order."""
+    names = results.names(experiment)
+    if base not in names:
+        return "Not run yet.\n"
+    paper = {name: results.one(experiment, name)["paper"] for name in names}
+    lines, agreement = [], []
+    for name in names:
+        row = results.one(experiment, name)
+        line = [row["title"], f"{row['parameters'] / 1e6:.2f}M", f"{paper[name]:.2f}"]
+        words = []
+        for key, _, decimals, less in MEASURES:
+            cell = told(results.number(experiment, name, key), decimals)
+            if name != base:
+                change = results.change(experiment, name, base, key)
+                words.append(verdict(change, less_is_better=less))
+                cell += f"<br>{told(change, decimals, sign=True)}: **{words[-1]}**"
+            line.append(cell)
+        lines.append(line)
+        if name != base:
+            expected = "better" if paper[name] < paper[base] else "worse"
+            says = {expected: "agrees", "none": "shows none"}
+            outcome = [
+                f"{heading} {says.get(word, 'disagrees')}"
+                for (_, heading, _, _), word in zip(MEASURES, words, strict=True)
+            ]
+            agreement.append(
+                f"- {row['title']}: in the paper {expected} ({paper[name] - paper[base]:+.2f}); "
+                f"{', '.join(outcome)}."
+            )
+    floor = told(results.number(experiment, base, "fid_of_real"), 1)
+    lines.append(["real scenes", "", "", "", floor, ""])
+    head = ["", "parameters", "paper, FID", *(heading for _, heading, _, _ in MEASURES)]
+    titles = {name: results.one(experiment, name)["title"] for name in names}
+    orders = [("the paper", sorted(names, key=lambda name: paper[name]))]
+    for key, heading, _, less in MEASURES:
+        values = {n: results.number(experiment, n, key)["value"] for n in names}
+        orders.append((heading, sorted(names, key=lambda n: values[n], reverse=not less)))
+    order = "\n".join(
+        f"- {heading}: {'; '.join(titles[n] for n in ranked)}" for heading, ranked in orders
+    )
+    return (
+        f"{table(head, lines)}\n\nThe second line of a cell is the difference to "
+        f"{titles[base]}.\n\nAgainst the paper:\n\n" + "\n".join(agreement) + "\n\n"
+        f"Best first, neighbours not always apart:\n\n{order}\n" + bands(results, experiment)
+    )
+
+
+def bands(results: Results, experiment: str) -> str:
+    """Validation losses by quarter of diffusion time."""
+    lines = [
+        [
+            results.one(experiment, name)["title"],
+            *(told(results.number(experiment, name, f"val_band_{i}"), 4) for i in range(4)),
+        ]
+        for name in results.names(experiment)
+    ]
+    head = ["validation loss", *(f"{i}/4 to {i + 1}/4 of T" for i in range(4))]
+    return f"\n{table(head, lines)}\n"
+
+
+def attention(results: Results) -> str:
+    """Figure 10: agreement by attribute, separate beside fused."""
+    if set(results.names("figure10")) != {"separate", "fused"}:
+        return "Not run yet.\n"
+    lines = []
+    for key, heading in (
+        ("joint", "all four right"),
+        ("strict", "and clean"),
+        ("shape", "shape"),
+        ("colour", "colour"),
+        ("background", "background"),
+        ("place", "place"),
+    ):
+        numbers = [results.number("figure10", name, key) for name in ("separate", "fused")]
+        change = apart(*numbers)
+        lines.append(
+            [
+                heading,
+                *(told(found, 3) for found in numbers),
+                told(change, 3, sign=True),
+                verdict(change, less_is_better=False),
+            ]
+        )
+    change = results.change("figure10", "separate", "fused", "val_loss")
+    losses = [told(results.number("figure10", n, "val_loss"), 4) for n in ("separate", "fused")]
+    lines.append(
+        [
+            "validation loss",
+            *losses,
+            told(change, 4, sign=True),
+            verdict(change, less_is_better=True),
+        ]
+    )
+    sizes = [
+        f"{results.one('figure10', name)['parameters'] / 1e6:.2f}M"
+        for name in ("separate", "fused")
+    ]
+    head = ["", f"separate, {sizes[0]}", f"fused, {sizes[1]}", "difference", "separate is"]
+    return (
+        f"{table(head, lines)}\n\nThe paper shows pictures and says that separate attention "
+        "encourages better semantic alignment; it gives no number.\n"
+    )
+
+
+def heat_map(results: Results, file: Path) -> str:
+    """Figure 1: share of clean pictures that show what was asked, by resolution and condition."""
+    from matplotlib.figure import Figure
+
+    cells = {name: results.number("figure1", name, "strict") for name in results.names("figure1")}
+    if not cells:
+        return "Not run yet.\n"
+    sides = sorted({int(name.split("-")[1]) for name in cells})
+    figure = Figure(figsize=(12, 1.4 + 0.9 * len(sides)), layout="constrained")
+    image: Any = None
+    for ax, backbone in zip(figure.subplots(1, 3), BACKBONES, strict=True):
+        found = [[cells.get(f"{backbone}-{side}-{task}") for task in TASKS] for side in sides]
+        shares = [[float("nan") if c is None else c["value"] for c in row] for row in found]
+        image = ax.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for i, row in enumerate(found):
+            for j, cell in enumerate(row):
+                words = "-" if cell is None else f"{cell['value']:.2f}"
+                dark = cell is not None and cell["value"] < 0.6
+                ax.text(j, i, words, ha="center", va="center", color="white" if dark else "black")
+        ax.set_xticks(range(len(TASKS)), [TASK_TITLES[task] for task in TASKS], fontsize=8)
+        ax.set_yticks(range(len(sides)), [f"{side} px" for side in sides], fontsize=8)
+        ax.set_title(TITLES[backbone], fontsize=10)
+    figure.colorbar(image, ax=figure.axes, label="clean and as asked")
+    figure.savefig(file, format="png", dpi=90)
+    lines = [
+        [
+            f"{side} px, {TASK_TITLES[task]}",
+            *(
+                told(cells[f"{b}-{side}-{task}"], 3) if f"{b}-{side}-{task}" in cells else "-"
+                for b in BACKBONES
+            ),
+        ]
+        for side in sides
+        for task in TASKS
+    ]
+    return (
+        f"![Share of clean pictures that show what was asked](images/{file.name})\n\n"
+        f"{table(['asked for', *(TITLES[b] for b in BACKBONES)], lines)}\n"
+    )
+
+
+def snapshots(results: Results, out: Path, file: Path) -> str:
+    """Figure 6: pictures of the same noise while training goes on, and the patch effect."""
+    names = [name for name in BACKBONES if name in results.names("figure6")]
+    if not names:
+        return "Not run yet.\n"
+    found = {name: results.one("figure6", name) for name in names}
+    steps = [shot["step"] for shot in found[names[0]]["snapshots"]]
+    strips = [
+        [Image.open(out / shot["picture"]).convert("RGB") for shot in found[name]["snapshots"]]
+        for name in names
+    ]
+    width, height = strips[0][0].size
+    sheet = Image.new("RGB", (width * len(names), height * len(steps)), "white")
+    for column, shots in enumerate(strips):
+        for row, strip in enumerate(shots):
+            sheet.paste(strip, (column * width, row * height))
+    sheet.save(file)
+    lines = []
+    for place, step in enumerate(steps):
+        made = [found[name]["snapshots"][place] for name in names]
+        lines.append(
+            [
+                str(step),
+                *(f"{told(s['patch_effect'], 3)}<br>{told(s['strict'], 3)}" for s in made),
+            ]
+        )
+    real = {told(found[name]["numbers"]["patch_effect_of_real"], 3) for name in names}
+    titles = [f"{TITLES[n]}, {found[n]['parameters'] / 1e6:.2f}M" for n in names]
+    return (
+        f"![{', '.join(TITLES[n] for n in names)} from left to right, at steps "
+        f"{', '.join(map(str, steps))} from top to bottom](images/{file.name})\n\n"
+        f"{table(['step', *titles], lines)}\n\n"
+        "First line: gradient energy on the borders of IU-ViT's patches over that inside them; of "
+        f"real pictures {', '.join(sorted(real))}. Second: share of clean scenes.\n"
+    )
+
+
+def origin(results: Results) -> str:
+    """What made the numbers."""
+    every = results.all
+
+    def values(key: str) -> str:
+        return ", ".join(sorted({str(r[key]) for r in every}))
+
+    seconds = sum(r["train_s"] + r["measure_s"] for r in every)
+    extractors = sorted(
+        {(min(r["side"], 32), r["extractor"], r["extractor_accuracy"]) for r in every}
+    )
+    features = "; ".join(
+        f"{side} px `{sha[:16]}`, names {share:.1%} of fresh scenes"
+        for side, sha, share in extractors
+    )
+    return table(
+        ["", ""],
+        [
+            ["rows", str(len(every))],
+            ["commit", values("commit")],
+            ["torch, machine, threads", " / ".join(map(values, ("torch", "machine", "threads")))],
+            ["seeds", values("seed")],
+            ["steps, batch", f"{values('steps')} / {values('batch_size')}"],
+            ["minutes in all", f"{seconds / 60:.0f}"],
+            ["feature extractor of FID", features],
+        ],
+    )
+
+
+INTRODUCTION = """\
+Written by `python train/experiments.py --report`; what it says of numbers is computed from them.
+Models of the paper's structure, narrow ones without `--full`, are trained on the embedded scenes
+with equal data, order, noise, optimiser and steps. A number is followed by its 95 % interval:
+bootstrap over {pictures} held-out pictures at 8 times for losses (differences are paired),
+bootstrap over the drawn pictures for FID, Wilson's for shares. A difference whose interval holds
+zero is called none. A scene is clean if it lies within the judge's bound of a rendering.
+"""
+
+LIMITS = """\
+- One seed says which of two runs is better, not which of two architectures: the intervals are
+  those of measuring a run (other pictures, other noise), and another seed of the weights moves it,
+  too. With several seeds (`--full`) the intervals are Student's, over the seeds.
+- A few hundred steps compare how fast models learn. The paper's tables compare where they end
+  after hundreds of thousands; what is slower at first may end better.
+- Scenes have four shapes, six colours and flat backgrounds: no texture, on which convolutions and
+  transformers differ most.
+- The FID here is of features of a small classifier of scenes. It has nothing to do with
+  Inception's but the formula; only its order means something beside the paper's numbers.
+"""
+
+
+def write_report(out: Path, file: Path) -> Path:
+    """Write the page and its pictures (in `images/` beside it).
+
+    Args:
+        out: The grid's folder, with `results.jsonl` and `pictures/`.
+        file: The page, `.md`.
+
+    Raises:
+        FileNotFoundError: No results there.
+    """
+    results = Results(read_results(out / RESULTS))
+    if not results.all:
+        raise FileNotFoundError(f"{out / RESULTS} holds no finished row; run some first")
+    images = file.parent / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    pictures = results.all[0]["numbers"]["val_loss"]["n"]
+    parts = [
+        "# The paper's experiments, small",
+        INTRODUCTION.format(pictures=pictures),
+        origin(results),
+        "## Table 3: what makes IU-ViT of U-ViT",
+        ablation(results, "table3", "uvit"),
+        "## Table 4: ASCEND and what it is made of",
+        ablation(results, "table4", "ascend"),
+        "## Figure 10: separate against fused text attention",
+        attention(results),
+        "## Figure 6: what is learnt when, and patches",
+        snapshots(results, out, images / "experiments-figure6.png"),
+        "The paper: IU-ViT shows patches at first and lacks detail later; ASCEND learns structure "
+        "faster than both.",
+        "## Figure 1: difficulty by resolution and condition",
+        heat_map(results, images / "experiments-figure1.png"),
+        "The paper's diagram places published models, and calls more pixels and more text harder; "
+        "it measures nothing.",
+        "## What the budget cannot tell",
+        LIMITS,
+    ]
+    file.write_text("\n\n".join(part.rstrip("\n") for part in parts) + "\n", encoding="utf-8")
+    return file
