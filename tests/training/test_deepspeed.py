@@ -229,7 +229,9 @@ def test_every_stage_trains_in_lower_precision(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # within inductor
+# Within inductor and dynamo.
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 def test_a_compiled_backbone_trains_and_resumes(tmp_path):
     recipe = tiny_recipe(tmp_path, model=ASCEND, max_steps=6)
     exact = train(to(recipe, tmp_path / "exact"))
