@@ -248,37 +248,49 @@ def test_bad_input_is_refused(arguments: list[str], message: str, capsys) -> Non
     assert re.search(message, f"{told.value}{capsys.readouterr().err}")
 
 
+KILLED = "--only table3/[ui]*vit-seed0 --steps 220 --samples 16 --pictures 32 --batch-size 2"
+
+
+def start(out: Path) -> subprocess.Popen[bytes]:
+    """The script on two rows; what it tells goes to a file beside its folder."""
+    script = str(ROOT / "train" / "experiments.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with out.with_suffix(".log").open("ab") as log:
+        command = [sys.executable, script, "--out", str(out), *KILLED.split()]
+        return subprocess.Popen(command, env=environment, stderr=log)
+
+
+def found_in(out: Path) -> dict[str, tuple[dict, str]]:
+    results = runner.read_results(out / runner.RESULTS)
+    return {r["row"]: (r["numbers"], r["weights"]) for r in results}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("unbroken") / "grid"
+    assert start(out).wait(timeout=300) == 0
+    return out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_runner_that_is_killed_goes_on_from_the_last_checkpoint(number, tmp_path) -> None:
-    """Killed in the first row's training: no step before the checkpoint is made again."""
-    script = str(ROOT / "train" / "experiments.py")
-    options = "--only table3/[ui]*vit-seed0 --steps 220 --samples 16 --pictures 32 --batch-size 2"
-
-    def start(out: Path) -> subprocess.Popen[str]:
-        command = [sys.executable, script, "--out", str(out), *options.split()]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-
-    broken = start(tmp_path / "broken")
-    log = tmp_path / "broken" / "runs" / "table3-uvit-seed0" / "metrics.jsonl"
+def test_a_runner_that_is_killed_goes_on_from_the_last_checkpoint(number, unbroken, tmp_path):
+    """Killed in the first row's training, started again at once; the numbers are the same."""
+    out = tmp_path / "grid"
+    broken = start(out)
+    log = out / "runs" / "table3-uvit-seed0" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not log.is_file() or log.read_text().count("\n") < 5:  # step 125, checkpoint at 100
         assert time.monotonic() < deadline
         assert broken.poll() is None
         time.sleep(0.05)
     broken.send_signal(number)
-    code = broken.wait(timeout=60)
-    assert code == (-number if number == signal.SIGKILL else 128 + number)
-    again = start(tmp_path / "broken")
-    _, errors = again.communicate(timeout=300)
-    assert again.returncode == 0, errors
-    assert "continuing from step 1" in errors
-    whole = start(tmp_path / "whole")
-    assert whole.wait(timeout=300) == 0
-    a, b = (
-        {r["row"]: (r["numbers"], r["weights"]) for r in runner.read_results(f / runner.RESULTS)}
-        for f in (tmp_path / "broken", tmp_path / "whole")
-    )
-    assert a == b
-    assert len(a) == 2
+    if number == signal.SIGTERM:
+        assert broken.wait(timeout=60) == 128 + number
+    assert start(out).wait(timeout=300) == 0
+    assert broken.wait() != 0
+    told = out.with_suffix(".log").read_text()
+    assert "continuing from step 1" in told
+    assert "0 of 2 rows are done" in told
+    assert found_in(out) == found_in(unbroken)
+    assert len(found_in(out)) == 2
