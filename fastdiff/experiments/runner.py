@@ -230,6 +230,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--only", action="append", metavar="ROW", help="rows by name, * allowed; may be repeated"
     )
+    parser.add_argument(
+        "--all", action="store_true", help="the figures' rows, too; without it Tables 3 and 4"
+    )
     parser.add_argument("--full", action="store_true", help="the budget of a GPU, three seeds")
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), metavar="FOLDER")
     parser.add_argument("--report", type=Path, metavar="FILE.md", help="write the report instead")
@@ -264,8 +267,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except (FileNotFoundError, ValueError) as error:
             sys.exit(f"train/experiments.py: {error}")
         return None
-    wanted = [r for r in every if any(fnmatch(r.id, p) for p in options.only or ["*"])]
-    unknown = [p for p in options.only or [] if not any(fnmatch(r.id, p) for r in every)]
+    patterns = options.only or (["*"] if options.all or options.list else ["table*"])
+    wanted = [r for r in every if any(fnmatch(r.id, p) for p in patterns)]
+    unknown = [p for p in patterns if not any(fnmatch(r.id, p) for r in every)]
     if unknown:
         sys.exit(f"train/experiments.py: no row {unknown[0]!r}; --list shows them")
     if options.list:
