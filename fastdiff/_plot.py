@@ -54,6 +54,7 @@ PANELS = (
         tuple((f"val_loss_t{k}", f"{2 * k + 1}/16 of T") for k in range(8)),
         log=True,
     ),
+    Panel("FID of averaged weights", (("fid", ""),)),
     Panel("gradient norm", (("grad_norm", ""),), log=True),
     Panel("learning rate", (("lr", ""),)),
     Panel("images/s", (("images_per_s", ""),)),

@@ -145,6 +145,7 @@ class TrainConfig:
         sample_every: Steps between sample grids, 0 = none.
         validate_every: Steps between losses of `data.held_out` on fixed noise at 8 times, of the
             averaged weights and of those trained, 0 = none. Rank 0 computes them.
+        fid_every: Steps between FIDs of the averaged weights (`sample.fid_statistics`), 0 = none.
         wandb: Log to Weights & Biases too (needs `pip install wandb`).
         checkpoint_every: Steps between checkpoints.
         background: Write them beside the training, from a copy in host memory.
@@ -169,6 +170,7 @@ class TrainConfig:
     log_every: int = 50
     sample_every: int = 5000
     validate_every: int = 0
+    fid_every: int = 0
     wandb: bool = False
     checkpoint_every: int = 1000
     background: bool = True
@@ -185,11 +187,18 @@ class SampleConfig:
         prompts: Captions of the grid.
         steps: DDIM steps.
         guidance: Scale of classifier-free guidance, 1 = none.
+        fid_statistics: What `fastdiff stats` wrote of the data, for `train.fid_every`.
+        fid_extractor: The TorchScript file that they were made with.
+        fid_images: Pictures of such an FID. Captions are the first of `data.held_out`, else of
+            `data.path`.
     """
 
     prompts: tuple[str, ...] = ()
     steps: int = 50
     guidance: float = 3.0
+    fid_statistics: str | None = None
+    fid_extractor: str | None = None
+    fid_images: int = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +251,13 @@ class Recipe:
             raise ValueError(
                 f"Recipe: train.validate_every={train.validate_every} needs data.held_out, "
                 "pictures that are not trained on"
+            )
+        _at_least(0, "train.fid_every", train.fid_every)
+        _at_least(2, "sample.fid_images", self.sample.fid_images)
+        if train.fid_every and None in (self.sample.fid_statistics, self.sample.fid_extractor):
+            raise ValueError(
+                f"Recipe: train.fid_every={train.fid_every} needs sample.fid_statistics, which "
+                "`fastdiff stats` writes, and sample.fid_extractor, which it was given"
             )
         if train.offload and train.zero == 0:
             raise ValueError("Recipe: train.offload=True needs train.zero of 1 to 3")

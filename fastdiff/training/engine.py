@@ -94,14 +94,15 @@ class Engine(Protocol):
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank. Collective."""
 
-    def whole(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Parameters put together from all ranks' shares, on the CPU of rank 0. Collective.
+    def whole(self, values: Mapping[str, Tensor], *, everywhere: bool = False) -> dict[str, Tensor]:
+        """Parameters put together from all ranks' shares, on the CPU. Collective.
 
         Args:
             values: By name, (N,) float32 each, as long as this rank's share of it.
+            everywhere: On every rank, not on rank 0 alone.
 
         Returns:
-            On rank 0 each parameter in its shape, elsewhere nothing.
+            Each parameter in its shape; nothing on other ranks than 0 where not asked for.
         """
 
     def barrier(self) -> None:
@@ -128,16 +129,18 @@ class _Ranks:
         """Every rank's value, on every rank."""
         return gather(value)
 
-    def whole(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Parameters put together from all ranks' shares, on the CPU of rank 0."""
+    def whole(self, values: Mapping[str, Tensor], *, everywhere: bool = False) -> dict[str, Tensor]:
+        """Parameters put together from all ranks' shares, on the CPU."""
         together = {}
         for share in self.shares:
             buffer = torch.zeros(math.prod(share.shape), device=self.device)
             if len(share.weight):
                 buffer[share.start : share.start + len(share.weight)] = values[share.name]
-            if self.world > 1:
+            if self.world > 1 and everywhere:
+                torch.distributed.all_reduce(buffer)
+            elif self.world > 1:
                 torch.distributed.reduce(buffer, 0)
-            if self.rank == 0:
+            if everywhere or self.rank == 0:
                 together[share.name] = buffer.view(share.shape).cpu()
         return together
 

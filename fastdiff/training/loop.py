@@ -6,6 +6,7 @@ index), so the data side of a resumed run is one number, the images seen.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import signal
@@ -39,6 +40,7 @@ from fastdiff.training.checkpoint import (
 )
 from fastdiff.training.config import Recipe, load, save
 from fastdiff.training.ema import EMA
+from fastdiff.training.fid import ScheduledFID
 from fastdiff.training.learner import AnyTextEncoder, Learner, make_t5
 from fastdiff.training.lock import RunLock
 from fastdiff.training.pictures import TrainingPictures
@@ -125,6 +127,7 @@ class Trainer:
             self.held_out = _on_first_rank(
                 rank, lambda: open_held_out(recipe, self.labels), told=False
             )
+        self.fid = self._open_fid() if recipe.train.fid_every else None
         checkpoint = _on_first_rank(
             rank, lambda: resume.find_checkpoint(recipe, self.run_folder), told=True
         )
@@ -228,7 +231,7 @@ class Trainer:
             ended = time.perf_counter()
             stop, writing = self.engine.any_rank(self.signal is not None, self.writer.busy)
             waited = time.perf_counter() - ended
-            found = self._validate()
+            found = self._validate() | self._measure_fid()
             if watch is not None:
                 times = loaded - started, ended + waited - started, waited
                 watch.log_step(
@@ -469,18 +472,48 @@ class Trainer:
                 losses.append(validation_losses(learner, self.held_out, self.recipe))
         return as_point(*losses) if losses else {}
 
+    def _measure_fid(self) -> dict[str, Any]:
+        """FID of the averaged weights, where this step has one. Collective."""
+        every = self.recipe.train.fid_every
+        if not every or (self.step % every and self.step != self.recipe.train.max_steps):
+            return {}
+        assert self.fid is not None, "it was opened with the run"
+        if self.recipe.model.context_dim is not None:
+            self._need_text()
+        averages = {} if self.ema is None else self.ema.state_dict()
+        learner = self._learner_of(averages, everywhere=True)
+        assert learner is not None, "it is everywhere"
+        return {"fid": self.fid(learner)}
+
+    def _open_fid(self) -> ScheduledFID:
+        captions = None
+        if self.recipe.model.context_dim is not None:
+            dataset = self.dataset
+            if self.recipe.data.held_out is not None:
+                dataset = open_dataset(self.recipe.data.held_out)
+            wanted = self.recipe.sample.fid_images
+            captions = list(itertools.islice(_captions(dataset, 1), wanted))
+            if len(captions) < wanted:
+                raise ValueError(
+                    f"sample.fid_images={wanted}, but the data set has {len(captions)} captions"
+                )
+        return ScheduledFID(self.recipe, captions, len(self.labels), self.device)
+
     def _averaged(self) -> Learner | None:
         """A learner that holds the averaged weights, on rank 0's device. Collective."""
         return self._learner_of({} if self.ema is None else self.ema.state_dict())
 
-    def _learner_of(self, values: dict[str, torch.Tensor]) -> Learner | None:
+    def _learner_of(
+        self, values: dict[str, torch.Tensor], *, everywhere: bool = False
+    ) -> Learner | None:
         """A learner on rank 0's device, of all ranks' shares of its weights. Collective.
 
         Args:
             values: This rank's shares by name, float32.
+            everywhere: On every rank.
         """
-        weights = self.engine.whole(values)
-        if self.rank != 0:
+        weights = self.engine.whole(values, everywhere=everywhere)
+        if not weights:
             return None
         text = self.text
         if isinstance(text, SmallTextEncoder):
@@ -595,9 +628,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def _some_captions(dataset: Any) -> Iterator[str]:
+    return _captions(dataset, max(1, len(dataset) // VOCABULARY_SAMPLES))
+
+
+def _captions(dataset: Any, stride: int) -> Iterator[str]:
     from fastdiff.data.samples import BadSample
 
-    stride = max(1, len(dataset) // VOCABULARY_SAMPLES)
     for index in range(0, len(dataset), stride):
         try:
             yield dataset[index].caption
