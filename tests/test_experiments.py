@@ -47,6 +47,9 @@ def test_pairs_are_named_by_their_judge(side: int) -> None:
     found = tasks.PairJudge(side).judge(to_tensor(tasks.render_pairs(pairs, side, seed=4)))
     assert [pair for pair, _ in found] == pairs
     assert max(rmse for _, rmse in found) < tasks.RMSE_BOUND_OF_PAIRS
+    pictures = to_tensor(tasks.render_pairs(pairs, side, seed=4))
+    again = tasks.PairJudge(side).distances(pictures, pairs)
+    assert again == pytest.approx([rmse for _, rmse in found], abs=1e-4)
     assert len(set(pairs)) > 50
 
 
@@ -62,12 +65,15 @@ def test_a_perfect_model_is_right_and_another_is_not(task: tasks.Task) -> None:
     right = tasks.judge(task, to_tensor(pictures), 16)
     assert all(all(values) for values in right.values())
     assert ("joint" in right) == (task != "none")
+    near = tasks.distances(task, to_tensor(pictures), 16)
+    assert near.max() <= tasks.RMSE_BOUND_OF_PAIRS
     smeared = tasks.judge(task, to_tensor(pictures) * 0.5, 16)
     assert sum(smeared["strict"]) < n / 2  # grey stays grey
     if task != "none":
         # what another one was asked for
-        moved = tasks.judge(task, to_tensor(np.roll(pictures, n // 2, axis=0)), 16)
-        assert sum(moved["joint"]) < n / 2
+        other = to_tensor(np.roll(pictures, n // 2, axis=0))
+        assert sum(tasks.judge(task, other, 16)["joint"]) < n / 2
+        assert (tasks.distances(task, other, 16) > near).double().mean() > 0.5
 
 
 def test_data_of_every_task_can_be_trained_on(tmp_path) -> None:

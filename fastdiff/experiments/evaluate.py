@@ -75,6 +75,7 @@ def train_and_measure(row: Row, scale: Scale, out: Path) -> dict[str, Any]:
         **{f"val_band_{i}": measure.mean(losses[:, 2 * i : 2 * i + 2].mean(1)) for i in range(4)},
         "fid": measure.fid(extractor, real, drawn),
         "fid_of_real": measure.fid(extractor, real, fresh),
+        "distance": measure.mean(tasks.distances(row.task, drawn, side)),
         "patch_effect": measure.patch_effect(drawn, row.patch),
         "patch_effect_of_real": measure.patch_effect(fresh, row.patch),
         **{name: measure.share(right) for name, right in judged.items()},
@@ -138,6 +139,7 @@ def _snapshot(row: Row, recipe: Recipe, step: int, out: Path) -> dict[str, Any]:
     found = {
         "step": step,
         "patch_effect": measure.patch_effect(drawn, row.patch),
+        "distance": measure.mean(tasks.distances(row.task, drawn, row.side)),
         "strict": measure.share(tasks.judge(row.task, drawn, row.side)["strict"]),
         "picture": _show(drawn[:SHOWN], out, f"{row.id.replace('/', '-')}-{step:06d}"),
     }

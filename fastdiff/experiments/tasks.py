@@ -102,35 +102,55 @@ class PairJudge:
         Args:
             pictures: (B, 3, R, R) float in [-1, 1].
         """
+        empty, least = self._squares(pictures)
+        gain, which = least.min(3)  # (3, B, 4)
+        corners = list(combinations(range(len(CORNERS)), 2))
+        total = torch.stack([empty + gain[..., i] + gain[..., j] for i, j in corners], 2)
+        best, place = total.permute(1, 0, 2).flatten(1).min(1)  # over backgrounds and corners
+        names = tuple(BACKGROUNDS)
+        verdicts = []
+        for row, (d2, k) in enumerate(zip(best.tolist(), place.tolist(), strict=True)):
+            back, (i, j) = k // len(corners), corners[k % len(corners)]
+            objects = int(which[back, row, i]), int(which[back, row, j])
+            verdicts.append((PairScene(names[back], (i, j), objects), self._rmse(d2)))
+        return verdicts
+
+    def distances(self, pictures: Tensor, wanted: Sequence[PairScene]) -> list[float]:
+        """Root-mean-square distance of each picture to the nearest rendering of its pair."""
+        empty, least = self._squares(pictures)
+        names = tuple(BACKGROUNDS)
+        found = []
+        for row, pair in enumerate(wanted):
+            back = names.index(pair.background)
+            d2 = float(empty[back, row])
+            for corner, number in zip(pair.corners, pair.objects, strict=True):
+                d2 += float(least[back, row, corner, number])
+            found.append(self._rmse(d2))
+        return found
+
+    def _rmse(self, d2: float) -> float:
+        return (max(0.0, d2) / (3 * self.side**2)) ** 0.5
+
+    def _squares(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared distance to each empty background (3, B), and what each object in each corner
+        adds to it at its nearest jitter (3, B, 4, 24), objects in the order of OBJECTS."""
         x = pictures.float().cpu()
         if x.shape[-1] > self.side:
             x = torch.nn.functional.avg_pool2d(x, x.shape[-1] // self.side)
-        scores, found = [], []
+        empty, least = [], []
+        front = torch.tensor(list(COLOURS.values())) / 127.5 - 1
         for back in BACKGROUNDS.values():
             b = torch.tensor(back) / 127.5 - 1
-            empty, gain, which = [], [], []
+            delta = front - b  # (6, 3)
+            empty.append((x - b[:, None, None]).square().sum((1, 2, 3)))
+            corners = []
             for (rows, columns), masks in zip(self._quadrants, self._masks, strict=True):
                 y = x[:, :, rows, columns].flatten(2) - b[:, None]
-                empty.append(y.square().sum((1, 2)))
-                delta = torch.tensor(list(COLOURS.values())) / 127.5 - 1 - b  # (6, 3)
                 along = torch.einsum("bkp,sjp,ck->bscj", y, masks, delta)
                 square = masks.square().sum(2)[:, None] * delta.square().sum(1)[:, None]
-                least = (square - 2 * along).amin(3).flatten(1)  # (B, 24), in OBJECTS' order
-                value, index = least.min(1)
-                gain.append(value)
-                which.append(index)
-            total = torch.stack(empty, 1).sum(1)
-            for i, j in combinations(range(len(CORNERS)), 2):
-                scores.append(total + gain[i] + gain[j])
-                found.append((back, (i, j), (which[i], which[j])))
-        best, place = torch.stack(scores, 1).min(1)
-        names = {value: name for name, value in BACKGROUNDS.items()}
-        verdicts = []
-        for row, (d2, k) in enumerate(zip(best.tolist(), place.tolist(), strict=True)):
-            back, corners, (o, p) = found[k]
-            pair = PairScene(names[back], corners, (int(o[row]), int(p[row])))
-            verdicts.append((pair, (max(0.0, d2) / x[0].numel()) ** 0.5))
-        return verdicts
+                corners.append((square - 2 * along).amin(3).flatten(1))
+            least.append(torch.stack(corners, 1))
+        return torch.stack(empty), torch.stack(least)
 
 
 def write_data(task: Task, folder: Path, *, n: int, side: int, seed: int) -> Path:
@@ -203,6 +223,31 @@ def judge(task: Task, pictures: Tensor, side: int) -> dict[str, list[bool]]:
     joint = [all(row) for row in zip(*fields.values(), strict=True)] if fields else [True] * n
     strict = [a and b for a, b in zip(joint, near, strict=True)]
     return {"strict": strict} if task == "none" else {"strict": strict, "joint": joint, **fields}
+
+
+def distances(task: Task, pictures: Tensor, side: int) -> Tensor:
+    """Root-mean-square distance of each picture to the nearest rendering of what was asked.
+
+    Args:
+        task: Whose `conditions` the pictures were drawn for; without one, any rendering will do.
+        pictures: (B, 3, R, R) in [-1, 1]; over 32 pixels they are averaged down to 32.
+        side: R.
+
+    Returns:
+        (B,) float32, in units of [-1, 1].
+    """
+    n = len(pictures)
+    if task == "pair":
+        return torch.tensor(PairJudge(side).distances(pictures, draw_pairs(n, PAIRS_SEED)))
+    found = SceneJudge(side).distances(pictures)  # (B, 360)
+    if task == "caption":
+        numbers = [scenes.CAPTIONS.index(caption) for caption in conditions(task, n)]
+        return found[torch.arange(n), numbers]
+    if task == "label":
+        shapes = [scene.shape for scene in scenes.SCENES]
+        allowed = [[shape == asked for shape in shapes] for asked in conditions(task, n)]
+        found = found.masked_fill(~torch.tensor(allowed), torch.inf)
+    return found.amin(1)
 
 
 def _matches(seen: Sequence[Any], wanted: Sequence[Any]) -> dict[str, list[bool]]:
