@@ -207,8 +207,11 @@ def test_the_report_holds_what_was_found(finished, tmp_path) -> None:
     assert change in text
     assert "| 3.11 |" in text
     assert "Not run yet" in text  # Table 4
-    pictures = ["experiments-figure1.png", "experiments-figure6.png"]
-    assert sorted(p.name for p in (file.parent / "images").iterdir()) == pictures
+    pictures = {
+        f"experiments-{n}.png" for n in ("figure1", "figure6", "figure10", "table3", "tables")
+    }
+    assert {p.name for p in (file.parent / "images").iterdir()} == pictures
+    assert all(f"(images/{name})" in text for name in pictures)
     with pytest.raises(SystemExit, match="no finished row"):
         runner.main(["--out", str(tmp_path), "--report", str(file)])
 

@@ -158,6 +158,48 @@ def ablation(results: Results, experiment: str, base: str) -> str:
     )
 
 
+def scatter(results: Results, file: Path) -> str:
+    """Tables 3 and 4: our numbers over the paper's, a point a row."""
+    from matplotlib.figure import Figure
+
+    tables = [one for one in ("table3", "table4") if results.names(one)]
+    if not tables:
+        return ""
+    figure = Figure(figsize=(11, 3.4 * len(tables)), layout="constrained")
+    axes = figure.subplots(len(tables), len(PLOTTED), squeeze=False)
+    for experiment, line in zip(tables, axes, strict=True):
+        for (key, heading), ax in zip(PLOTTED, line, strict=True):
+            for name in results.names(experiment):
+                row, found = results.one(experiment, name), results.number(experiment, name, key)
+                sides = [[found["value"] - found["low"]], [found["high"] - found["value"]]]
+                ax.errorbar(row["paper"], found["value"], yerr=sides, fmt="o", label=row["title"])
+            ax.set_xlabel("the paper's FID, CIFAR-10", fontsize=8)
+            ax.set_ylabel(heading, fontsize=8)
+            ax.tick_params(labelsize=8)
+            ax.grid(True, alpha=0.25)
+        line[0].legend(fontsize=7)
+    figure.savefig(file, format="png", dpi=90)
+    return f"![Tables 3 and 4: our numbers over the paper's](images/{file.name})\n"
+
+
+PLOTTED = (("val_loss", "validation loss"), ("fid", "FID of scenes"))
+
+
+def strips(results: Results, experiment: str, out: Path, file: Path) -> str:
+    """Drawn pictures, a line a row, the same noise in each column."""
+    names = results.names(experiment)
+    if not names:
+        return ""
+    rows = [results.one(experiment, name) for name in names]
+    drawn = [Image.open(out / row["picture"]).convert("RGB") for row in rows]
+    sheet = Image.new("RGB", (drawn[0].width, sum(d.height for d in drawn)), "white")
+    for place, strip in enumerate(drawn):
+        sheet.paste(strip, (0, sum(d.height for d in drawn[:place])))
+    sheet.save(file)
+    titles = "; ".join(row["title"] for row in rows)
+    return f"![Drawn from the same noise](images/{file.name})\n\nFrom the top: {titles}.\n"
+
+
 def bands(results: Results, experiment: str) -> str:
     """Validation losses by quarter of diffusion time."""
     lines = [
@@ -372,10 +414,14 @@ def write_report(out: Path, file: Path) -> Path:
         origin(results),
         "## Table 3: what makes IU-ViT of U-ViT",
         ablation(results, "table3", "uvit"),
+        strips(results, "table3", out, images / "experiments-table3.png"),
         "## Table 4: ASCEND and what it is made of",
         ablation(results, "table4", "ascend"),
+        strips(results, "table4", out, images / "experiments-table4.png"),
+        scatter(results, images / "experiments-tables.png"),
         "## Figure 10: separate against fused text attention",
         attention(results),
+        strips(results, "figure10", out, images / "experiments-figure10.png"),
         "## Figure 6: what is learnt when, and patches",
         snapshots(results, out, images / "experiments-figure6.png"),
         "The paper: IU-ViT shows patches at first and lacks detail later; ASCEND learns structure "
@@ -387,5 +433,7 @@ def write_report(out: Path, file: Path) -> Path:
         "## What the budget cannot tell",
         LIMITS,
     ]
-    file.write_text("\n\n".join(part.rstrip("\n") for part in parts) + "\n", encoding="utf-8")
+    file.write_text(
+        "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n", encoding="utf-8"
+    )
     return file

@@ -33,12 +33,14 @@ LOCK_PATIENCE_S = 60
 
 def read_results(file: Path) -> list[dict[str, Any]]:
     """Finished rows, the newest of each row and settings; a line that was cut off is left out."""
-    found = {}
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     if file.is_file():
         for line in file.read_text(encoding="utf-8").splitlines():
             try:
                 result = json.loads(line)
-                found[result["row"], result["settings"]] = result
+                key = result["row"], result["settings"]
+                found.pop(key, None)  # so that the newest come last
+                found[key] = result
             except (ValueError, KeyError, TypeError):
                 continue
     return list(found.values())
