@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = dataclasses.replace(
     grid.DEFAULT,
     steps=2,
+    caption_steps=2,
     batch_size=4,
     pictures=16,
     samples=20,
@@ -154,6 +155,8 @@ def test_rows_of_the_paper() -> None:
             assert max(sizes) / min(sizes) < 1 + spread
     row, other = every[0], dataclasses.replace(grid.DEFAULT, batch_size=31)
     assert grid.settings_of(row, grid.DEFAULT) != grid.settings_of(row, other)
+    other = dataclasses.replace(grid.DEFAULT, sides=(16,), caption_steps=1)  # of other rows
+    assert grid.settings_of(row, grid.DEFAULT) == grid.settings_of(row, other)
 
 
 FIXTURE = (

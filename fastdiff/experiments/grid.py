@@ -37,7 +37,8 @@ class Scale:
 
     Args:
         side: Pixels, in Tables 3 and 4 and for Figure 10.
-        steps: Optimiser steps.
+        steps: Optimiser steps, in Tables 3 and 4 and Figure 1.
+        caption_steps: Optimiser steps for Figure 10: captions are learnt after pictures.
         batch_size: Images of one.
         pictures: Of the training set.
         samples: Pictures drawn for FID and agreement.
@@ -60,6 +61,7 @@ class Scale:
 
     side: int = 16
     steps: int = 500
+    caption_steps: int = 2000
     batch_size: int = 32
     pictures: int = 12_000
     samples: int = 1024
@@ -84,6 +86,7 @@ DEFAULT = Scale()
 FULL = Scale(
     side=32,
     steps=20_000,
+    caption_steps=40_000,
     batch_size=128,
     pictures=50_000,
     samples=10_000,
@@ -115,6 +118,7 @@ class Row:
         task: What it is asked for.
         seed: Of weights, data order and noise.
         paper: The paper's FID, where it has one.
+        steps: Optimiser steps.
         snapshots: Steps at which pictures are drawn; the rate then stays constant.
         samples: Pictures drawn for its numbers.
         patch: Side of the patches that the patch effect is measured on, in pixels.
@@ -127,6 +131,7 @@ class Row:
     task: Task = "none"
     seed: int = 0
     paper: float | None = None
+    steps: int
     snapshots: tuple[int, ...] = ()
     samples: int
     patch: int = 4
@@ -209,6 +214,7 @@ def _table3(scale: Scale) -> list[Row]:
             title=title,
             model=dataclasses.replace(full, **change),
             paper=paper,
+            steps=scale.steps,
             samples=scale.samples,
             patch=full.patch_size,
         )
@@ -238,6 +244,7 @@ def _table4(scale: Scale) -> list[Row]:
             title=title,
             model=dataclasses.replace(full, **change),
             paper=paper,
+            steps=scale.steps,
             samples=scale.samples,
         )
         for name, (change, title, paper) in changed.items()
@@ -254,6 +261,7 @@ def _figure10(scale: Scale) -> list[Row]:
             title=title,
             model=dataclasses.replace(model, text_attention=name),
             task="caption",
+            steps=scale.caption_steps,
             samples=scale.samples,
         )
         for name, title in titles.items()
@@ -283,6 +291,7 @@ def _figure6(scale: Scale) -> list[Row]:
             name=name,
             title=TITLES[name],
             model=_backbone(name, side, scale, "none"),
+            steps=scale.snapshots[-1],
             snapshots=scale.snapshots,
             samples=scale.figure1_samples,
             patch=side // 8,
@@ -299,6 +308,7 @@ def _figure1(scale: Scale) -> list[Row]:
             title=TITLES[name],
             model=_backbone(name, side, scale, task),
             task=task,
+            steps=scale.steps,
             samples=scale.figure1_samples,
             patch=side // 8,
         )
@@ -318,7 +328,6 @@ def recipe_of(row: Row, scale: Scale, out: Path) -> Recipe:
     """
     text = row.task in ("caption", "pair")
     data = out / "data"
-    steps = row.snapshots[-1] if row.snapshots else scale.steps
     name = f"{row.task}{row.side}"
     return Recipe(
         model=row.model,
@@ -335,17 +344,17 @@ def recipe_of(row: Row, scale: Scale, out: Path) -> Recipe:
         optim=OptimConfig(
             lr=scale.lr,
             betas=(0.9, 0.99),
-            warmup=min(50, steps // 10),
+            warmup=min(50, row.steps // 10),
             decay="constant" if row.snapshots else "cosine",
         ),
         train=TrainConfig(
             out=str(out / "runs" / row.id.replace("/", "-")),
             batch_size=scale.batch_size,
-            max_steps=steps,
+            max_steps=row.steps,
             seed=row.seed,
             precision=scale.precision,
             zero=0,
-            ema_decay=0.99 if steps < 5000 else 0.9995,
+            ema_decay=0.99 if row.steps < 5000 else 0.9995,
             ema_warmup=True,
             log_every=25,
             sample_every=0,
@@ -359,10 +368,8 @@ def recipe_of(row: Row, scale: Scale, out: Path) -> Recipe:
 def settings_of(row: Row, scale: Scale) -> str:
     """All that a row's numbers depend on beside the code, as 16 hex digits."""
     values = to_dict(recipe_of(row, scale, Path("-")))
-    told = json.dumps(
-        [values, dataclasses.asdict(scale), row.task, row.snapshots, row.samples, row.patch],
-        sort_keys=True,
-    )
+    measured = [scale.pictures, scale.real, scale.extractor_steps]
+    told = json.dumps([values, measured, row.task, row.snapshots, row.samples, row.patch])
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 

@@ -96,7 +96,7 @@ def run_row(row: Row, scale: Scale, out: Path) -> dict[str, Any]:
         "side": row.side,
         "paper": row.paper,
         "settings": settings_of(row, scale),
-        "steps": row.snapshots[-1] if row.snapshots else scale.steps,
+        "steps": row.steps,
         "batch_size": scale.batch_size,
         "parameters": parameters(row.model),
         "commit": commit(),
@@ -210,7 +210,7 @@ def make_scale(options: argparse.Namespace) -> Scale:
     scale = FULL if options.full else DEFAULT
     small: dict[str, Any] = {}
     if options.steps is not None:
-        small |= {"steps": options.steps, "extractor_steps": options.steps}
+        small |= dict.fromkeys(("steps", "caption_steps", "extractor_steps"), options.steps)
         small["snapshots"] = tuple(sorted({max(1, options.steps // 4), options.steps}))
     if options.samples is not None:
         n = options.samples
