@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -144,17 +145,24 @@ def ablation(results: Results, experiment: str, base: str) -> str:
     lines.append(["real scenes", "", "", "", floor, "", ""])
     head = ["", "parameters", "paper, FID", *(heading for _, heading, _, _ in MEASURES)]
     titles = {name: results.one(experiment, name)["title"] for name in names}
-    orders = [("the paper", sorted(names, key=lambda name: paper[name]))]
+    ranked = sorted(names, key=lambda name: paper[name])
+    orders = [f"- the paper: {' > '.join(titles[n] for n in ranked)}"]
     for key, heading, _, less in MEASURES:
-        values = {n: results.number(experiment, n, key)["value"] for n in names}
-        orders.append((heading, sorted(names, key=lambda n: values[n], reverse=not less)))
-    order = "\n".join(
-        f"- {heading}: {'; '.join(titles[n] for n in ranked)}" for heading, ranked in orders
-    )
+        ranked = sorted(
+            names, key=lambda n: results.number(experiment, n, key)["value"], reverse=not less
+        )
+        line = titles[ranked[0]]
+        for better, name in pairwise(ranked):
+            change = results.change(experiment, name, better, key)
+            none = verdict(change, less_is_better=less) == "none"
+            line += f" {'=' if none else '>'} {titles[name]}"
+        orders.append(f"- {heading}: {line}")
+    order = "\n".join(orders)
     return (
         f"{table(head, lines)}\n\nThe second line of a cell is the difference to "
         f"{titles[base]}.\n\nAgainst the paper:\n\n" + "\n".join(agreement) + "\n\n"
-        f"Best first, neighbours not always apart:\n\n{order}\n" + bands(results, experiment)
+        f"Best first; = where two neighbours differ by none:\n\n{order}\n"
+        + bands(results, experiment)
     )
 
 
