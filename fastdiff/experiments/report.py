@@ -378,13 +378,17 @@ def origin(results: Results) -> str:
 
 INTRODUCTION = """\
 Written by `python train/experiments.py --report`; what it says of numbers is computed from them.
-Models of the paper's structure, narrow ones without `--full`, are trained on the embedded scenes
-with equal data, order, noise, optimiser and steps. A number is followed by its 95 % interval:
-bootstrap over {pictures} held-out pictures at 8 times for losses (differences are paired),
-bootstrap over the drawn pictures for FID, Wilson's for shares. A difference whose interval holds
-zero is called none. The distance of a picture is the root of the mean squared one to the nearest
-rendering of a scene (or of what was asked), in units of [-1, 1]; two unlike scenes are about 0.1 to
-1 apart, and a picture within {bound} is called clean.
+Models of the paper's structure, narrow ones without `--full`, are trained on the embedded scenes;
+within a table or figure with the same data, order, noise, optimiser and steps. To run a row again:
+`python train/experiments.py --only {row}`; on the same machine, with as many threads, its numbers
+are the same.
+
+A number is followed by its 95 % interval: bootstrap over {pictures} held-out pictures at 8 times
+for losses (differences are paired), bootstrap over the drawn pictures for FID and distances,
+Wilson's for shares. A difference whose interval holds zero is called none. The distance of a
+picture is the root of the mean squared one to the nearest rendering of a scene (or of what was
+asked), in units of [-1, 1]; two unlike scenes are 0.1 to 1 apart, and a picture within {bound} is
+called clean.
 """
 
 LIMITS = """\
@@ -415,10 +419,10 @@ def write_report(out: Path, file: Path) -> Path:
         raise FileNotFoundError(f"{out / RESULTS} holds no finished row; run some first")
     images = file.parent / "images"
     images.mkdir(parents=True, exist_ok=True)
-    pictures = results.all[0]["numbers"]["val_loss"]["n"]
+    row, pictures = results.all[0]["row"], results.all[0]["numbers"]["val_loss"]["n"]
     parts = [
         "# The paper's experiments, small",
-        INTRODUCTION.format(pictures=pictures, bound=SceneJudge.RMSE_BOUND),
+        INTRODUCTION.format(pictures=pictures, row=row, bound=SceneJudge.RMSE_BOUND),
         origin(results),
         "## Table 3: what makes IU-ViT of U-ViT",
         ablation(results, "table3", "uvit"),
