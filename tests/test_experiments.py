@@ -146,6 +146,9 @@ def test_rows_of_the_paper() -> None:
     assert sum(row.experiment in ("table3", "table4") for row in every) == 9
     assert len({row.id for row in every}) == len(every) == 50
     assert len(grid.rows(grid.FULL)) == 150
+    for row in grid.rows(grid.FULL):
+        recipe = grid.recipe_of(row, grid.FULL, Path("out"))  # its checks pass
+        assert recipe.train.seed == row.seed
     for experiment, spread in (("figure1", 0.1), ("figure6", 0.08), ("table3", 0.06)):
         by_task: dict[str, list[int]] = {}
         for row in every:
