@@ -27,6 +27,7 @@ from fastdiff.ops import philox_normal
 from fastdiff.text import SmallTextEncoder, T5TextEncoder, t5_label
 from fastdiff.training import engine as engines
 from fastdiff.training import faults, resume
+from fastdiff.training.ahead import ahead
 from fastdiff.training.checkpoint import (
     TEXT_FOLDER,
     CheckpointWriter,
@@ -260,7 +261,8 @@ class Trainer:
             num_workers=self.recipe.data.workers,
             pin_memory=self.device.type == "cuda",
         )
-        for batch in loader:
+        # The workers are forked here, in the main thread.
+        for batch in ahead(self._with_tokens(iter(loader))):
             self.limit.update(batch)
             tensors = {"x0": batch["image"], "t": batch["t"], "drop": batch["drop"]}
             if "noise" in batch:
@@ -269,11 +271,7 @@ class Trainer:
                 seeds = noise_seeds(self.recipe.train.seed, batch["position"]).to(self.device)
                 shape = tuple(batch["image"].shape[1:])
                 tensors["noise"] = philox_normal(seeds, 0, shape, stream=NOISE_STREAM)
-            if "context" in batch:
-                tensors |= {"context": batch["context"], "mask": batch["mask"]}
-            elif self.recipe.model.context_dim is not None:
-                assert self.text is not None, "without stored features there is an encoder"
-                tensors["ids"], tensors["mask"] = self.text.tokenize(batch["caption"])
+            tensors |= {name: batch[name] for name in ("context", "ids", "mask") if name in batch}
             if self.labels:
                 # a picture beside the folders of the labels has none
                 y = [self.labels.get(name, len(self.labels)) for name in batch["caption"]]
@@ -283,6 +281,14 @@ class Trainer:
                 inputs={k: v.to(self.device, non_blocking=True) for k, v in tensors.items()},
                 keys=tuple(batch["key"]),
             )
+
+    def _with_tokens(self, loader: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The loader's batches, with the tokens of captions whose features are not stored."""
+        for batch in loader:
+            if "context" not in batch and self.recipe.model.context_dim is not None:
+                assert self.text is not None, "without stored features there is an encoder"
+                batch["ids"], batch["mask"] = self.text.tokenize(batch["caption"])
+            yield batch
 
     def _count_skipped(
         self, result: engines.StepResult, micro_batches: list[engines.MicroBatch]
