@@ -534,11 +534,13 @@ def forward(
     vector = 16 // z.element_size() if C * z.element_size() % 16 == 0 else 2
     bands = min(4, _launch.power_of_two(_launch.cdiv(grid[0], 4)))
     block = min(32 * vector, _launch.power_of_two(C))
+    # With one band a thread's four channels of float32 would spill.
+    thread = 2 if bands == 1 and z.element_size() == 4 else vector
     default = {
         "BLOCK": block,
         "ROWS": 4,
         "BANDS": bands,
-        "num_warps": max(1, bands * block // (32 * vector)),
+        "num_warps": max(1, bands * block // (32 * thread)),
     }
     *_, plan = _plan("dwconv_gelu_forward", z, grid, prefix, default)
     z, bias = z.contiguous(), bias.contiguous()
@@ -567,12 +569,15 @@ def backward(
     sums = 11 if sum_dz is not None else 10
     block = min(64, _launch.power_of_two(C))
     bands = 2 if grid[0] > 8 else 1
+    # Blackwell's compiler needs more registers for eight rows of one band.
+    tall = grid[0] > 4 and (bands == 2 or _launch.chip(z.device).family != "sm_100")
     default = {
         "BLOCK": block,
-        "ROWS": 8 if grid[0] > 4 else 4,
+        "ROWS": 8 if tall else 4,
         "BANDS": bands,
         "UNROLL": 1,
-        "num_warps": max(1, bands * block // 64),
+        # Two channels a thread; of float32 one, or registers spill.
+        "num_warps": max(1, bands * block * z.element_size() // 128),
     }
     planes, tiles, plan = _plan("dwconv_gelu_backward", z, grid, prefix, default)
     parts = None

@@ -725,7 +725,9 @@ def _launch_whole(
     squeezed = elements == 8192 and not arguments["SILU"]
     default = {"per_thread": 32 if kernel is group_norm_silu_whole_forward or squeezed else 16}
     per_thread = _launch.config(name, shape.key, on, default)["per_thread"]
-    num_warps = min(16, max(1, elements // (32 * per_thread)))
+    # 16 warps have 128 registers a thread: too few for 32 elements of float32 in a backward.
+    most = 8 if name.endswith("backward") and elements * shape.itemsize >= 65536 else 16
+    num_warps = min(most, max(1, elements // (32 * per_thread)))
     grid = (shape.B * cdiv(shape.G, tile["GT"]),)
     _launch.launch(kernel, grid, num_warps=num_warps, **(arguments | tile))
 

@@ -577,7 +577,10 @@ def _plan(kernel: str, qkv: Tensor, problem: dict[str, Any], tiles: int) -> tupl
     chip = _launch.chip(qkv.device)
     warps, stages = T // 16, 2
     if size == 4:
-        warps = T // 4
+        # What each chip's compiler takes without spilling.
+        warps, stages = T // 4, 1 if chip.family == "sm_80" else 2
+        if chip.family == "sm_100" and not problem["ROLLED"]:
+            warps, stages = T // 8, 3
     elif BLOCKS > 1:
         warps, stages = (8, 1) if T == 64 and chip.family == "sm_100" else (4, 2)
     elif kernel == "backward" and T == 64:
