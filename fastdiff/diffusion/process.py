@@ -113,6 +113,28 @@ class Process(ABC):
             )
         return (out.to(target.dtype) - target).square().flatten(1).mean(dim=1)
 
+    def min_snr_weight(self, t: Tensor, gamma: float = 5.0) -> Tensor:
+        """Weights of `loss` that end its emphasis on nearly clean pictures (Hang et al. 2023).
+
+        min(SNR, gamma) for a loss of x0, with SNR = a^2 / s^2; of the same error in eps or v, that
+        over SNR or over SNR + 1.
+
+        Args:
+            t: (B,), as in q_sample.
+            gamma: 5 in the paper.
+
+        Returns:
+            (B,) float32.
+        """
+        one = torch.ones(t.shape, device=t.device)
+        a, s, one = self._coefficients(t, one)
+        clean, noise = a.square(), s.square()
+        if self.prediction == "eps":
+            return (gamma * noise / clean).clamp(max=1.0)
+        if self.prediction == "x0":
+            return (clean / noise).clamp(max=gamma)
+        return torch.minimum(clean, gamma * noise)  # a^2 + s^2 = 1
+
     def to_eps(self, out: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The noise that an output of the network at x_t stands for.
 

@@ -141,6 +141,7 @@ class TrainConfig:
         ema_decay: Per optimiser step.
         ema_warmup: Decay min(ema_decay, (1 + n) / (10 + n)), for short runs.
         condition_dropout: Share of captions replaced by the null condition.
+        min_snr: Weigh the loss by min(SNR, this), 5 in Hang et al. 2023; None: as the paper does.
         log_every: Steps between points in the log.
         sample_every: Steps between sample grids, 0 = none.
         validate_every: Steps between losses of `data.held_out` on fixed noise at 8 times, of the
@@ -167,6 +168,7 @@ class TrainConfig:
     ema_decay: float = 0.9999
     ema_warmup: bool = False
     condition_dropout: float = 0.1
+    min_snr: float | None = None
     log_every: int = 50
     sample_every: int = 5000
     validate_every: int = 0
@@ -268,6 +270,8 @@ class Recipe:
                 f"Recipe: data.embeddings={self.data.embeddings!r} with text.encoder='small', "
                 "which is trained and has no stored features; set text.encoder='t5'"
             )
+        if train.min_snr is not None and not train.min_snr > 0:
+            raise ValueError(f"Recipe: train.min_snr={train.min_snr}, expected > 0, or None")
         _at_least(0, "optim.warmup", self.optim.warmup)
         _at_least(0, "sample.guidance", self.sample.guidance)
         if self.optim.clip is not None and not self.optim.clip > 0:

@@ -70,6 +70,7 @@ class Learner(nn.Module):
         self.backbone: Backbone = kind(recipe.model)
         self.backbone.set_checkpointing(recipe.train.checkpointing)
         self.text: SmallTextEncoder | None = text if isinstance(text, SmallTextEncoder) else None
+        self._min_snr = recipe.train.min_snr
         self._frozen = [text] if isinstance(text, T5TextEncoder) else []
 
     @property
@@ -105,7 +106,8 @@ class Learner(nn.Module):
             y: (B,) int64 labels, for a model of labels.
 
         Returns:
-            (B,) float32, mean squared error of each image's prediction.
+            (B,) float32, mean squared error of each image's prediction; in training times its
+            min-SNR weight, where the recipe has one.
         """
         if ids is not None:
             assert mask is not None, "tokens come with their mask"
@@ -119,7 +121,10 @@ class Learner(nn.Module):
         if y is not None:
             y = torch.where(drop, self.backbone.config.num_classes, y)
         out = self.backbone(x_t, t, context, context_mask=mask, y=y)
-        return self.process.loss(out, x0, t, noise)
+        losses = self.process.loss(out, x0, t, noise)
+        if self._min_snr is not None and self.training:
+            losses = losses * self.process.min_snr_weight(t, self._min_snr)
+        return losses
 
     @torch.no_grad()
     def draw(

@@ -139,3 +139,23 @@ def test_bad_input_is_refused() -> None:
         process.q_sample(x0, t, noise[..., :1])
     with pytest.raises(ValueError, match=r"shape \(4, 3, 2, 2\), got \(4, 6, 2, 2\)"):
         process.loss(torch.zeros(4, 6, 2, 2), x0, t, noise)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_min_snr_weighs_the_error_of_x0_alike(prediction: Prediction) -> None:
+    """Whatever is predicted, an error e of x0 costs min(SNR, gamma) e^2."""
+    process = DiffusionProcess(schedule("cosine"), prediction)
+    t = torch.tensor([3, 200, 500, 990])
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(4, 3, 5, 5, generator=generator) for _ in range(2))
+    x_t = process.q_sample(x0, t, noise)
+    wrong = x0 + 0.1
+    out = {
+        "x0": wrong,
+        "eps": process.eps_from_x0(wrong, x_t, t),
+        "v": DiffusionProcess(schedule("cosine"), "x0").to_v(wrong, x_t, t),
+    }[prediction]
+    bar = process.schedule.alpha_bar[t]
+    expected = (bar / (1 - bar)).clamp(max=5.0) * 0.01
+    got = process.loss(out, x0, t, noise) * process.min_snr_weight(t)
+    torch.testing.assert_close(got.double(), expected.double(), rtol=2e-3, atol=1e-6)

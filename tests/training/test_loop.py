@@ -153,6 +153,19 @@ def test_workers_do_not_change_the_run(tmp_path):
     assert_same(plain, newest(train(dataclasses.replace(recipe, data=data))))
 
 
+def test_min_snr_weighs_the_training_loss_alone(tmp_path):
+    plain = Trainer(tiny_recipe(tmp_path), 0, 1, torch.device("cpu"))
+    weighed = Trainer(tiny_recipe(tmp_path, min_snr=0.5), 0, 1, torch.device("cpu"))
+    inputs = next(plain._batches()).inputs
+    losses = plain.engine.learner(**inputs)
+    weight = plain.engine.learner.process.min_snr_weight(inputs["t"], 0.5)
+    assert weight.min() < 0.9
+    torch.testing.assert_close(weighed.engine.learner(**inputs), losses * weight)
+    torch.testing.assert_close(weighed.engine.learner.eval()(**inputs), losses)
+    with pytest.raises(ValueError, match=r"train\.min_snr=0, expected > 0"):
+        tiny_recipe(tmp_path, min_snr=0)
+
+
 def test_bf16_autocast_trains(tmp_path):
     run = train(tiny_recipe(tmp_path, precision="bf16"))
     assert {v.dtype for k, v in newest(run).items() if k.startswith("weight/")} == {torch.float32}
