@@ -16,6 +16,7 @@ import torch
 from tiny import ASCEND, tiny_recipe
 
 import fastdiff
+from fastdiff.data import scenes
 from fastdiff.training.checkpoint import latest_checkpoint, open_state, read_manifest
 from fastdiff.training.config import Recipe, save
 from fastdiff.training.loop import load_run, train
@@ -58,6 +59,30 @@ def test_the_command_of_the_readme(tmp_path):
     assert (run / "model" / "model.safetensors").is_file()
     first, last = ranks.losses(run)
     assert last < 0.9 * first
+
+
+def test_the_590m_recipe_at_reduced_width(tmp_path):
+    """`deepspeed train/t2i.py --config ascend_t2i_128`, with a narrow model and a narrow T5."""
+    from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    narrow = T5Config(vocab_size=384, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    T5EncoderModel(narrow).save_pretrained(tmp_path / "t5")
+    ByT5Tokenizer().save_pretrained(tmp_path / "t5")
+    scenes.write_shards(tmp_path / "shards", n=16, resolution=128, shard_size=8)
+    done = launch(
+        tmp_path,
+        *(str(ROOT / "train" / "t2i.py"), "--config", "ascend_t2i_128"),
+        *("--data.path", "shards", "--data.workers", "1", "--text.name", "t5"),
+        *("--model.context-dim", "24", "--model.channels", "32", "--model.groups", "16"),
+        *("--model.head-dim", "32", "--model.depth", "1"),
+        *("--train.batch-size", "4", "--train.micro-batch", "1", "--train.max-steps", "2"),
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    checkpoint = latest_checkpoint(tmp_path / "runs" / "ascend_t2i_128")
+    assert read_manifest(checkpoint)["step"] == 2
+    model = fastdiff.from_pretrained(tmp_path / "runs" / "ascend_t2i_128" / "model")
+    assert model.config.sides == (128, 128)
 
 
 def test_every_stage_is_one_process_and_resumes_exactly(tmp_path):
