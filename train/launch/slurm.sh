@@ -32,10 +32,10 @@ srun --kill-on-bad-exit=1 bash -c '
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
   exec "$PYTHON" "$SCRIPT" "$@"' rank "$@" &
 job=$!
-status=0
 while kill -0 "$job" 2>/dev/null; do
-  wait "$job" && status=0 || status=$? # a signal ends the wait, not the job
+  wait "$job" || true # a signal ends the wait, not the job
 done
+wait "$job" && status=0 || status=$?
 
 if [ "$requeue" = 1 ] && [ "$status" = 0 ]; then
   scontrol requeue "$SLURM_JOB_ID" # the same command goes on from the checkpoint
