@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = dataclasses.replace(
     grid.DEFAULT,
     steps=2,
+    figure1_steps=2,
     caption_steps=2,
     batch_size=4,
     pictures=16,
@@ -253,6 +254,7 @@ def test_other_settings_begin_anew(tmp_path) -> None:
         (["--only", "table5*"], r"no row 'table5\*'"),
         (["--steps", "0"], "expected at least 1"),
         (["--samples", "1"], "needs at least 2"),
+        (["--jobs", "0"], "expected at least 1"),
     ],
 )
 def test_bad_input_is_refused(arguments: list[str], message: str, capsys) -> None:
@@ -266,12 +268,12 @@ def test_bad_input_is_refused(arguments: list[str], message: str, capsys) -> Non
 KILLED = "--only table3/[ui]*vit-seed0 --steps 220 --samples 16 --pictures 32 --batch-size 2"
 
 
-def start(out: Path) -> subprocess.Popen[bytes]:
+def start(out: Path, more: str = "") -> subprocess.Popen[bytes]:
     """The script on two rows; what it tells goes to a file beside its folder."""
     script = str(ROOT / "train" / "experiments.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with out.with_suffix(".log").open("ab") as log:
-        command = [sys.executable, script, "--out", str(out), *KILLED.split()]
+        command = [sys.executable, script, "--out", str(out), *KILLED.split(), *more.split()]
         return subprocess.Popen(command, env=environment, stderr=log)
 
 
@@ -285,6 +287,17 @@ def unbroken(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("unbroken") / "grid"
     assert start(out).wait(timeout=300) == 0
     return out
+
+
+@pytest.mark.slow
+def test_two_rows_at_a_time_give_the_same_numbers(unbroken, tmp_path) -> None:
+    out = tmp_path / "grid"
+    assert start(out, "--jobs 2").wait(timeout=300) == 0
+    assert found_in(out) == found_in(unbroken)
+    told = out.with_suffix(".log").read_text()
+    assert "[2/2] table3/iuvit-seed0" in told
+    assert "images/s" not in told
+    assert "images/s" in (out / "logs" / "table3-uvit-seed0.txt").read_text()
 
 
 @pytest.mark.slow

@@ -37,7 +37,8 @@ class Scale:
 
     Args:
         side: Pixels, in Tables 3 and 4 and for Figure 10.
-        steps: Optimiser steps, in Tables 3 and 4 and Figure 1.
+        steps: Optimiser steps, in Tables 3 and 4.
+        figure1_steps: Optimiser steps of each of Figure 1's cells.
         caption_steps: Optimiser steps for Figure 10: captions are learnt after pictures.
         batch_size: Images of one.
         pictures: Of the training set.
@@ -60,7 +61,8 @@ class Scale:
     """
 
     side: int = 16
-    steps: int = 500
+    steps: int = 2000
+    figure1_steps: int = 500
     caption_steps: int = 2000
     batch_size: int = 32
     pictures: int = 12_000
@@ -86,6 +88,7 @@ DEFAULT = Scale()
 FULL = Scale(
     side=32,
     steps=20_000,
+    figure1_steps=20_000,
     caption_steps=40_000,
     batch_size=128,
     pictures=50_000,
@@ -161,18 +164,25 @@ def iuvit(side: int, patch: int, width: int = 1, *, text: bool = False) -> IUViT
 
 
 def ascend(side: int, width: int = 1, *, text: bool = False) -> ASCENDConfig:
-    """A narrow ASCEND of three levels, attention on the lower two."""
+    """A narrow ASCEND of three levels, attention from 16 pixels on, as in the paper."""
+    attended = _attended(side)
     return ASCENDConfig(
         image_size=side,
         channels=16 * width,
         depth=1,
-        multipliers=(1, 2, 4.5 if text else 4),
-        attention_resolutions=(side // 2, side // 4),
+        # One level of attention less takes parameters away; a wider one gives them back.
+        multipliers=(1, 2 if len(attended) == 2 else 2.5, 4.5 if text else 4),
+        attention_resolutions=attended,
         head_dim=8,
         groups=8,
         window=min(8, side // 4),
         context_dim=TEXT_WIDTH if text else None,
     )
+
+
+def _attended(side: int) -> tuple[int, ...]:
+    """Of the lower two levels those of 16 pixels or fewer."""
+    return tuple(level for level in (side // 2, side // 4) if level <= 16)
 
 
 def unet(side: int, width: int = 1, *, text: bool = False) -> UNetConfig:
@@ -182,7 +192,7 @@ def unet(side: int, width: int = 1, *, text: bool = False) -> UNetConfig:
         channels=16 * width,
         depth=1,
         multipliers=(1, 2, 5.5 if text else 5),
-        attention_resolutions=(side // 2, side // 4),
+        attention_resolutions=_attended(side),
         head_dim=8,
         groups=8,
         context_dim=TEXT_WIDTH if text else None,
@@ -308,7 +318,7 @@ def _figure1(scale: Scale) -> list[Row]:
             title=TITLES[name],
             model=_backbone(name, side, scale, task),
             task=task,
-            steps=scale.steps,
+            steps=scale.figure1_steps,
             samples=scale.figure1_samples,
             patch=side // 8,
         )

@@ -5,6 +5,7 @@ Letters: N pictures, K times, D features, R side in pixels.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def scene_extractor(side: int, steps: int, file: Path) -> tuple[Extractor, float
             loss.backward()
             optimizer.step()
         file.parent.mkdir(parents=True, exist_ok=True)
-        beside = file.with_suffix(".partial")
+        beside = file.with_suffix(f".{os.getpid()}.partial")  # another row may write it, too
         save_file(module.state_dict(), beside)
         beside.replace(file)
     x, wanted = _scenes_of(list(range(len(scenes.CAPTIONS))) * 2, inner, seed=2_000_000)

@@ -1,8 +1,8 @@
-"""Runs rows one after another, each in a process of its own; started again it goes on.
+"""Runs rows, each in a process of its own; started again it goes on.
 
 In the grid's folder: `results.jsonl` (a line a finished row), `runs/` (what the trainer writes),
-`data/`, `features/`, `pictures/`. Each line names the commit, the versions and the hashes that its
-numbers come from.
+`data/`, `features/`, `pictures/`, `logs/`. Each line names the commit, the versions and the hashes
+that its numbers come from.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from fastdiff.experiments.grid import DEFAULT, FULL, Row, Scale, parameters, row
 RESULTS = "results.jsonl"
 ROOT = Path(__file__).resolve().parents[2]
 LOCK_PATIENCE_S = 60
+POLL_S = 0.2
 
 
 def read_results(file: Path) -> list[dict[str, Any]]:
@@ -119,16 +120,24 @@ class Runner:
         scale: The budget.
         arguments: Of the command line, which a row's process is given too.
         out: The grid's folder; locked while this or a row's process lives.
+        jobs: Rows at a time; each GPU takes its share of them. What a row tells while it runs goes
+            to `logs/` when there are several.
     """
 
     def __init__(
-        self, wanted: Sequence[Row], scale: Scale, arguments: Sequence[str], out: Path
+        self,
+        wanted: Sequence[Row],
+        scale: Scale,
+        arguments: Sequence[str],
+        out: Path,
+        jobs: int = 1,
     ) -> None:
         self.wanted, self.scale, self.arguments, self.out = wanted, scale, arguments, out
+        self.jobs = jobs
         out.mkdir(parents=True, exist_ok=True)
         self._lock = (out / ".lock").open("a")
         self._take_lock()
-        self._child: subprocess.Popen[bytes] | None = None
+        self._running: dict[int, tuple[Row, subprocess.Popen[bytes]]] = {}  # by slot
         self._signal: int | None = None
 
     def _take_lock(self) -> None:
@@ -156,42 +165,91 @@ class Runner:
         )
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
-        failed, started = 0, time.monotonic()
-        for count, row in enumerate(left):
-            minutes = (time.monotonic() - started) / 60
-            rest = f", about {minutes / count * (len(left) - count):.0f} min left" if count else ""
-            print(f"[{count + 1}/{len(left)}] {row.id}: {row.title}{rest}", file=sys.stderr)
-            result = self._in_process(row)
-            if self._signal is not None:
-                raise Stopped(128 + self._signal)
-            if result is None:
-                failed += 1
-                print(f"{row.id} failed; the others go on", file=sys.stderr)
-            else:
+        failed, finished, started = 0, 0, time.monotonic()
+        waiting = list(left)
+        while (waiting and self._signal is None) or self._running:
+            while waiting and len(self._running) < self.jobs and self._signal is None:
+                row, rest = waiting.pop(0), ""
+                if finished:
+                    minutes = (time.monotonic() - started) / 60 / finished
+                    rest = f", about {minutes * (len(left) - finished):.0f} min left"
+                count = len(left) - len(waiting)
+                print(f"[{count}/{len(left)}] {row.id}: {row.title}{rest}", file=sys.stderr)
+                self._start(row)
+            row, result = self._next_to_end()
+            finished += 1
+            if result is not None:
                 append_result(file, result)
+            elif self._signal is None:
+                failed += 1
+                print(f"{row.id} failed; the others go on{self._where(row)}", file=sys.stderr)
+        if self._signal is not None:
+            raise Stopped(128 + self._signal)
         return failed
 
-    def _in_process(self, row: Row) -> dict[str, Any] | None:
-        answer = self.out / "answers" / f"{row.id.replace('/', '-')}.json"
-        answer.unlink(missing_ok=True)
+    def _start(self, row: Row) -> None:
+        self._answer(row).unlink(missing_ok=True)
+        slot = next(s for s in range(self.jobs) if s not in self._running)
         command = [sys.executable, "-m", "fastdiff.experiments.runner", *self.arguments]
+        log = None
+        if self.jobs > 1:
+            self._log(row).parent.mkdir(exist_ok=True)
+            log = self._log(row).open("ab")
         # A session of its own: Ctrl-C reaches the runner alone, which tells it on. Its standard
         # input closes when the runner is gone, however that came.
-        self._child = subprocess.Popen(
+        child = subprocess.Popen(
             [*command, "--run", row.id],
             stdin=subprocess.PIPE,
+            stderr=log,
             pass_fds=(self._lock.fileno(),),
             start_new_session=True,
+            env={**os.environ, **_gpu_of(slot)},
         )
+        if log is not None:
+            log.close()
+        self._running[slot] = row, child
         if self._signal is not None:
-            self._child.terminate()
-        code = self._child.wait()
-        return None if code or not answer.is_file() else json.loads(answer.read_text())
+            child.terminate()
+
+    def _next_to_end(self) -> tuple[Row, dict[str, Any] | None]:
+        while True:
+            for slot, (row, child) in self._running.items():
+                code = child.poll()
+                if code is not None:
+                    del self._running[slot]
+                    assert child.stdin is not None
+                    child.stdin.close()
+                    answer = self._answer(row)
+                    whole = code == 0 and answer.is_file()
+                    return row, json.loads(answer.read_text()) if whole else None
+            time.sleep(POLL_S)
+
+    def _answer(self, row: Row) -> Path:
+        return self.out / "answers" / f"{row.id.replace('/', '-')}.json"
+
+    def _log(self, row: Row) -> Path:
+        return self.out / "logs" / f"{row.id.replace('/', '-')}.txt"
+
+    def _where(self, row: Row) -> str:
+        return f"; see {self._log(row)}" if self.jobs > 1 else ""
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
-        if self._child is not None and self._child.poll() is None:
-            self._child.terminate()
+        for _, child in list(self._running.values()):
+            if child.poll() is None:
+                child.terminate()
+
+
+def _gpu_of(slot: int) -> dict[str, str]:
+    """The environment that gives a slot its GPU, in turn; nothing where there is one or none."""
+    import torch
+
+    n = torch.cuda.device_count()
+    if n < 2:
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(n)]
+    return {"CUDA_VISIBLE_DEVICES": names[slot % len(names)]}
 
 
 def _stop_with_the_runner() -> None:
@@ -210,7 +268,8 @@ def make_scale(options: argparse.Namespace) -> Scale:
     scale = FULL if options.full else DEFAULT
     small: dict[str, Any] = {}
     if options.steps is not None:
-        small |= dict.fromkeys(("steps", "caption_steps", "extractor_steps"), options.steps)
+        names = ("steps", "figure1_steps", "caption_steps", "extractor_steps")
+        small |= dict.fromkeys(names, options.steps)
         small["snapshots"] = tuple(sorted({max(1, options.steps // 4), options.steps}))
     if options.samples is not None:
         n = options.samples
@@ -242,9 +301,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, metavar="N", help="pictures of every measurement")
     parser.add_argument("--pictures", type=int, metavar="N", help="of the training set")
     parser.add_argument("--batch-size", type=int, metavar="N")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="rows at a time")
     parser.add_argument("--run", metavar="ROW", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    for name in ("steps", "samples", "pictures", "batch_size"):
+    for name in ("steps", "samples", "pictures", "batch_size", "jobs"):
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value}: expected at least 1")
@@ -281,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             size = f"{parameters(row.model) / 1e6:6.2f}M"
             print(f"{row.id:36s} {row.side:3d} px  {size}  {state:5s} {row.title}")
         return None
-    failed = Runner(wanted, scale, arguments, out).run()
+    failed = Runner(wanted, scale, arguments, out, options.jobs).run()
     if failed:
         sys.exit(f"train/experiments.py: {failed} of {len(wanted)} rows failed")
     return None
