@@ -3,7 +3,8 @@
     PYTHONPATH=. python -m benchmarks.bench_accelerate [--rounds 25] [--seconds 60] [CASE ...]
 
 *floor* is the same model with every GroupNorm and SiLU an identity (for Swin there is none);
-*removed* is (eager - ours) / (eager - floor). All take turns in one process; times are medians.
+*removed* is (eager - ours) / (eager - floor). All take turns in one process; times are lower
+quartiles.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from transformers import SwinConfig, SwinModel
 import fastdiff
 
 from . import harness
-from .harness import Job, Refused, Row, Timing
+from .bench_ops import Options
+from .harness import Job, Refused, Row
 
+KIND = "accelerate"
 Built = tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor], Tensor]
 
 
@@ -100,28 +103,32 @@ def run_case(name: str, rounds: int, seconds: float, *, training: bool = False) 
     if floor is not None:
         candidates["floor"] = job(floor)
     timings = harness.measure(candidates, torch.device("cpu"), rounds=rounds, seconds=seconds)
-    row: Row = {"case": name, "direction": "training" if training else "forward"}
-    for key, timing in timings.items():
-        assert isinstance(timing, Timing), timing
-        row[f"{key}_ms"] = 1e3 * timing.median
-    if "floor_ms" in row:
-        row["removed"] = (row["eager_ms"] - row["ours_ms"]) / (row["eager_ms"] - row["floor_ms"])
-    row["over_eager"] = row["eager_ms"] / row["ours_ms"]
+    direction = "training" if training else "forward"
+    row = harness.race_row(f"accelerate {name}", direction, timings, dtype="float32", kind=KIND)
+    times = row["times_us"]
+    if floor is not None:
+        row["removed"] = (times["eager"] - times["ours"]) / (times["eager"] - times["floor"])
+    row["images_per_second"] = 1e6 * x.shape[0] / row["us"]
     return row
 
 
 def line(row: Row) -> str:
     """A row as one prints it."""
-    times = ", ".join(f"{key[:-3]} {row[key]:.1f}" for key in row if key.endswith("_ms"))
+    times = ", ".join(f"{key} {time / 1e3:.1f}" for key, time in row["times_us"].items())
     removed = f", removed {row['removed']:.0%}" if "removed" in row else ""
     return f"{row['case']}, {row['direction']}: {times} ms{removed}, {row['over_eager']:.2f} x"
 
 
-@pytest.mark.parametrize("name", ["unet 32, channels_last", "swin"])
-def test_accelerate(name: str, benchmark: Any) -> None:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "name" in metafunc.fixturenames:
+        full = metafunc.config.getoption("--full")
+        metafunc.parametrize("name", CASES if full else ["unet 32, channels_last", "swin"])
+
+
+def test_accelerate(name: str, benchmark: Any, bench_options: Options, results: list[Row]) -> None:
     """One case, and ours as pytest-benchmark sees it."""
-    row = run_case(name, rounds=5, seconds=5.0)
-    print(line(row))
+    row = run_case(name, rounds=bench_options.rounds, seconds=max(5.0, bench_options.seconds))
+    results.append(row)
     benchmark.extra_info["row"] = row
     model, call, x = CASES[name]()
     fastdiff.accelerate(model.eval())

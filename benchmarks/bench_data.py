@@ -3,8 +3,9 @@
     PYTHONPATH=. python -m benchmarks.bench_data [--rounds 7]
 
 Everything runs in one process on one thread, from a warm cache; candidates take turns and times
-are medians. Both pipelines read the same JPEG shards, scale and crop with the same call and make
-the same tensors (checked first). *noise* is the same loader drawing its training noise, too.
+are lower quartiles. Both pipelines read the same JPEG shards, scale and crop with the same call
+and make the same tensors (checked first). *noise* is the same loader drawing its training noise,
+too.
 """
 
 from __future__ import annotations
@@ -83,18 +84,18 @@ def webdataset(folder: Path, size: int) -> dict[str, Tensor]:
     return found
 
 
-def run_case(name: str, folder: Path, rounds: int) -> Row:
-    """Check a case and time it.
+def run_case(name: str, folder: Path, rounds: int) -> list[Row]:
+    """Check a case and time it: a row without, one with noise.
 
     Raises:
         Refused: the two pipelines give different tensors.
     """
     size = CASES[name][1]
-    row: Row = {"case": name}
     candidates: dict[str, Callable[[], Any]] = {
-        "loader": lambda: ours(folder, size),
-        "with noise": lambda: ours(folder, size, noise=True),
+        "ours": lambda: ours(folder, size),
+        "ours, noise": lambda: ours(folder, size, noise=True),
     }
+    absent = {}
     try:
         theirs = webdataset(folder, size)
         mine = ours(folder, size)
@@ -103,12 +104,17 @@ def run_case(name: str, folder: Path, rounds: int) -> Row:
         candidates["webdataset"] = lambda: webdataset(folder, size)
         del mine, theirs
     except ImportError:
-        row["webdataset"] = "n/a: not installed"
-    rates = _rates(candidates, COUNT, rounds)
-    row |= {f"{label}, images/s": rate for label, rate in rates.items()}
-    if "webdataset" in rates:
-        row["ratio"] = rates["loader"] / rates["webdataset"]
-        row["ratio with noise"] = rates["with noise"] / rates["webdataset"]
+        absent["webdataset"] = "n/a: webdataset is not installed"
+    timed = {**_measure(candidates, rounds), **absent}
+    return [
+        _row(f"loader {name}{note}", timed, mine=one, size=COUNT, unit="images")
+        for one, note in (("ours", ""), ("ours, noise", ", noise"))
+    ]
+
+
+def _row(case: str, timed: dict[str, Timing | str], *, mine: str, size: int, unit: str) -> Row:
+    row = harness.race_row(case, "loading", timed, mine=mine, dtype="float32", kind="loader")
+    row[f"{unit}_per_second"] = 1e6 * size / row["us"]
     return row
 
 
@@ -158,51 +164,49 @@ def run_text(folder: Path, out: Path, rounds: int) -> Row:
         raise Refused("stored features differ from what a batch has")
     if context.shape != (BATCH, TOKENS, WIDTH) or not bool(mask.all()):
         raise Refused(f"a batch of stored features has the shape {tuple(context.shape)}")
-    rates = _rates({"text": lambda: sum(len(c) for c, _ in batches())}, COUNT, rounds)
+    timed = _measure({"ours": lambda: sum(len(c) for c, _ in batches())}, rounds)
     for one in shards:
         one.close()
-    return {"case": f"text features {TOKENS} x {WIDTH}", "captions/s": rates["text"]}
+    case = f"text features {TOKENS} x {WIDTH}"
+    return _row(case, timed, mine="ours", size=COUNT, unit="captions")
 
 
-def _rates(candidates: dict[str, Callable[[], Any]], count: int, rounds: int) -> dict[str, int]:
-    """Items per second on one thread, medians of interleaved rounds."""
+def _measure(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Timing | str]:
+    """Interleaved rounds on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     gc.collect()
     try:
-        timings = harness.measure(candidates, torch.device("cpu"), rounds=rounds, seconds=60.0)
+        return harness.measure(candidates, torch.device("cpu"), rounds=rounds, seconds=60.0)
     finally:
         torch.set_num_threads(threads)
-    rates: dict[str, int] = {}
-    for name, timing in timings.items():
-        if not isinstance(timing, Timing):
-            raise RuntimeError(f"{name}: {timing}")
-        rates[name] = round(count / timing.median)
-    return rates
 
 
 def line(row: Row) -> str:
     """A row as text."""
-    cells = [f"{k} {v:,.2f}" if "ratio" in k else f"{k} {v}" for k, v in row.items() if k != "case"]
-    return f"{row['case']}: {', '.join(cells)}"
+    for unit in ("images", "captions"):
+        if rate := row.get(f"{unit}_per_second"):
+            beside = f", {row['over_best']:.2f} x {row['best']}" if "best" in row else ""
+            return f"{row['case']}: {rate:,.0f} {unit}/s{beside}"
+    return row["case"]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_loader(name: str, tmp_path: Path, benchmark: Any) -> None:
+def test_loader(name: str, tmp_path: Path, benchmark: Any, results: list[Row]) -> None:
     """One case, and ours as pytest-benchmark sees it."""
     side, size = CASES[name]
     folder = write(tmp_path, side)
-    row = run_case(name, folder, rounds=3)
-    print(line(row))
-    benchmark.extra_info["row"] = row
+    rows = run_case(name, folder, rounds=3)
+    results += rows
+    benchmark.extra_info["rows"] = rows
     benchmark.pedantic(lambda: ours(folder, size), rounds=1)
 
 
-def test_text(tmp_path: Path, benchmark: Any) -> None:
+def test_text(tmp_path: Path, benchmark: Any, results: list[Row]) -> None:
     """Stored features; pytest-benchmark sees their making, without the encoder."""
     folder = write(tmp_path, 64)
     row = run_text(folder, tmp_path / "text", rounds=5)
-    print(line(row))
+    results.append(row)
     benchmark.extra_info["row"] = row
     dataset = ShardDataset(list(folder.glob("*.tar")))
     benchmark.pedantic(lambda: embed_shards(dataset, _Features(), tmp_path / "again"), rounds=1)
@@ -217,7 +221,8 @@ def main() -> None:
         root = Path(folder)
         folders = {side: write(root, side) for side, _ in CASES.values()}
         for name, (side, _) in CASES.items():
-            print(line(run_case(name, folders[side], rounds)), flush=True)
+            for row in run_case(name, folders[side], rounds):
+                print(line(row), flush=True)
         print(line(run_text(folders[256], root / "text", rounds)))
 
 

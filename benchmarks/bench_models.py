@@ -7,9 +7,11 @@ dense convolutions, attention, residual adds and reshapes left (`rivals.floor`),
 *x floor* is our time over it. *roofline* is the time that the bytes and FLOPs of a preset take at
 the rates of a copy and a product measured here, over ours. *eager* is the model with each op as a
 user would write it, in the dtype of the weights. *peak* is the memory at the worst moment of
-training beyond weights, inputs and gradients. *diffusers* and *transformers* are those libraries'
-own code for the same function on the same weights (`twins.py`); *removed* is (theirs - ours) /
-(theirs - floor). Ours counts compiled or not, whichever is faster; `times_us` has both.
+training beyond weights, inputs and gradients; *GPU GiB* is what NVML counts on the whole GPU then.
+*MFU* is the counted FLOPs of the model over the data sheet's bf16 rate. *diffusers* and
+*transformers* are those libraries' own code for the same function on the same weights
+(`twins.py`); *removed* is (theirs - ours) / (theirs - floor). Ours counts compiled or not,
+whichever is faster; `times_us` has both.
 """
 
 from __future__ import annotations
@@ -30,15 +32,15 @@ from fastdiff.models.ascend import ASCEND
 from fastdiff.models.iuvit import Block, IUViTConfig, block_class
 from fastdiff.nn import PlainSwinLayer, ResBlock, SwinBlock
 from fastdiff.ops import backend
+from fastdiff.training.sensors import Sensors, peak_flops
 
 from . import harness, rivals, twins
 from .bench_ops import Options, mib, verdict
-from .harness import Job, Refused, Row, Timing
+from .harness import FLOOR, Job, Refused, Row, Timing
 
 BF16, F32 = torch.bfloat16, torch.float32
 Draw = Callable[..., Tensor]
 Built = tuple[nn.Module, tuple[Any, ...]]
-FLOOR = "floor"
 
 
 @dataclass(frozen=True)
@@ -461,6 +463,7 @@ def run_case(case: Case, device: torch.device, options: Options) -> list[Row]:
     }
     timings = harness.measure(candidates, device, rounds=options.rounds, seconds=options.seconds)
     memory: dict[str, float | None] = {}
+    used: float | None = None
     if case.compiled is not True:
         for name, one in contestants.items():
             if name != FLOOR:
@@ -468,6 +471,8 @@ def run_case(case: Case, device: torch.device, options: Options) -> list[Row]:
                     memory[name] = mib(problem.activations(one))
                 except Exception as error:
                     harness.reason(error, device)
+            if name == "ours":
+                used = Sensors(device).read().get("gpu_used_gib")
     rows = []
     for direction in case.directions:
         timed: dict[str, Timing | str] = {
@@ -476,8 +481,16 @@ def run_case(case: Case, device: torch.device, options: Options) -> list[Row]:
         }
         row = make_row(case, direction, timed, memory, device)
         row["margin"] = margin
+        if direction == "training" and used is not None:
+            row["gpu_used_gib"] = used
         rows.append(row)
     return rows
+
+
+def utilisation(flops: float, seconds: float, dtype: torch.dtype, gpu: str) -> float | None:
+    """The model's own FLOPs over what the GPU's data sheet allows in the time, in bf16."""
+    peak = peak_flops(gpu) if dtype is BF16 else None
+    return None if peak is None else flops / seconds / peak
 
 
 def backend_of(device: torch.device) -> str:
@@ -494,37 +507,22 @@ def make_row(
     device: torch.device,
 ) -> Row:
     """One row: ours against each rival and the floor."""
-    times = {n: 1e6 * t.seconds if isinstance(t, Timing) else t for n, t in timed.items()}
-    numbers = {n: t for n, t in times.items() if isinstance(t, float)}
-    mine = {n: t for n, t in numbers.items() if n.startswith("ours")}
+    mine = {n: t.seconds for n, t in timed.items() if n[:4] == "ours" and isinstance(t, Timing)}
     if not mine:
-        raise Refused(f"{direction} could not be timed: {times['ours']}")
+        raise Refused(f"{direction} could not be timed: {timed['ours']}")
     winner = min(mine, key=mine.__getitem__)
-    us, timing = mine[winner], timed[winner]
-    assert isinstance(timing, Timing)
-    row: Row = {
-        "case": case.name,
-        "dtype": str(case.dtype)[6:],
-        "direction": direction,
-        "backend": winner.replace("ours", backend_of(device)),
-        "us": us,
-        "times_us": times,
-        "samples_us": harness.samples_us(timed),
-        "spread": timing.spread,
-        "rounds": timing.rounds,
-        "how": timing.how,
-    }
-    others = {n: t for n, t in numbers.items() if n not in mine and n != FLOOR}
-    for prefix, some in (
-        ("best", others),
-        ("eager", {n: t for n, t in others.items() if n.startswith("eager")}),
-    ):
-        if some:
-            best = min(some, key=some.__getitem__)
-            row |= {prefix: best, f"{prefix}_us": some[best], f"over_{prefix}": some[best] / us}
+    row = harness.race_row(
+        case.name,
+        direction,
+        timed,
+        mine=winner,
+        dtype=str(case.dtype)[6:],
+        backend=winner.replace("ours", backend_of(device)),
+    )
+    us, numbers = row["us"], {n: t for n, t in row["times_us"].items() if isinstance(t, float)}
+    others = {n: t for n, t in numbers.items() if harness.is_rival(n)}
     ratios = {n: (t / us, True) for n, t in others.items()}
     if FLOOR in numbers:
-        row["over_floor"] = us / numbers[FLOOR]
         ratios[FLOOR] = (row["over_floor"], False)
         for library in {name for name, _ in twins.TWINS.values()} & numbers.keys():
             gap = numbers[library] - numbers[FLOOR]
@@ -546,6 +544,9 @@ def make_row(
         row["tflops"] = found.flops / us / 1e6
         row["images_per_second"] = 1e6 * batch / us
         row["flops"], row["preset"], row["batch"] = found.flops, name, batch
+        if device.type == "cuda":
+            gpu = torch.cuda.get_device_name(device)
+            row["mfu"] = utilisation(found.flops, us / 1e6, case.dtype, gpu)
         bandwidth, rate = harness.ceilings(device, case.dtype)
         chip = roofline.Chip("here", bandwidth, rate, rate)
         row["of_roofline"] = 1e6 * found.seconds(chip) / us

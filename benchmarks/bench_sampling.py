@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from fastdiff.sampling import Engine, PhiloxNoise, SamplerConfig, seed_tensor, s
 
 from . import harness
 from .bench_ops import verdict
-from .harness import Refused, Row
+from .harness import Refused, Row, Timing
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Case:
         batch: Pictures at once.
         goal, gpu_goal: The plain loop's time over the engine's, at least.
         tokens: Text positions, all valid.
+        overrides: The preset's fields.
     """
 
     preset: str
@@ -44,6 +46,7 @@ class Case:
     goal: float = 0.99
     gpu_goal: float = 0.99
     tokens: int = 256
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
 # 0.99: never slower, as far as a clock can tell.
@@ -53,6 +56,11 @@ CASES = {
     "iuvit_cifar10 b64": Case("iuvit_cifar10", 64),
     "ascend_t2i_128 b1": Case("ascend_t2i_128", 1),
 }
+# On a CPU without --full: the text model narrow.
+SMALL = {
+    "iuvit_cifar10 b1": CASES["iuvit_cifar10 b1"],
+    "iuvit_cc12m64 of width 256 b1": Case("iuvit_cc12m64", 1, overrides={"dim": 256, "layers": 5}),
+}
 
 
 def run_case(name: str, rounds: int, steps: int) -> Row:
@@ -61,11 +69,11 @@ def run_case(name: str, rounds: int, steps: int) -> Row:
     Raises:
         Refused: The pictures differ.
     """
-    case = CASES[name]
+    case = (CASES | SMALL)[name]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
-    model = create_model(case.preset).to(device, dtype).eval()
+    model = create_model(case.preset, **case.overrides).to(device, dtype).eval()
     process = DiffusionProcess(schedule("linear"))
     condition: dict[str, Any] = {}
     width = model.config.context_dim
@@ -92,19 +100,24 @@ def run_case(name: str, rounds: int, steps: int) -> Row:
     allowed = 1e-3 if dtype is torch.float32 else 0.1
     if not apart <= allowed:
         raise Refused(f"{name}: pictures differ by {apart:.2g}")
-    times: list[tuple[float, float]] = []
+    jobs = {"plain loop": plain, "ours": ours}
+    samples: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(rounds):
-        times.append((_seconds(plain, device), _seconds(ours, device)))
-    ratio = statistics.median(a / b for a, b in times)
+        for name_of_job, job in jobs.items():
+            samples[name_of_job].append(_seconds(job, device))
+    how = "cpu" if device.type == "cpu" else "clock"
+    timed: dict[str, Timing | str] = {n: Timing.of(s, how) for n, s in samples.items()}
+    pairs = zip(samples["plain loop"], samples["ours"], strict=True)
+    ratio = statistics.median(a / b for a, b in pairs)
     goal = case.gpu_goal if device.type == "cuda" else case.goal
-    return {
-        "case": name,
+    words = f"sample {name}, {steps} steps" + (f", guidance {guidance:g}" if condition else "")
+    row = harness.race_row(words, "sampling", timed, dtype=str(dtype)[6:], kind="sampling engine")
+    return row | {
         "steps": steps,
         "guidance": guidance,
-        "plain_ms": 1e3 * statistics.median(a for a, _ in times),
-        "engine_ms": 1e3 * statistics.median(b for _, b in times),
+        "images_per_second": 1e6 * case.batch / row["us"],
         "over_plain": ratio,
-        "goal": verdict([("over_plain", ratio, goal, True)]),
+        "goal": verdict([("x the plain loop", ratio, goal, True)]),
     }
 
 
@@ -119,10 +132,26 @@ def _seconds(job: Callable[[], object], device: torch.device) -> float:
 def line(row: Row) -> str:
     """A row as one prints it."""
     return (
-        f"{row['case']}, {row['steps']} steps, guidance {row['guidance']:g}: plain "
-        f"{row['plain_ms']:.0f} ms, engine {row['engine_ms']:.0f} ms, {row['over_plain']:.2f} x, "
-        f"{row['goal']}"
+        f"{row['case']}: plain {row['times_us']['plain loop'] / 1e3:.0f} ms, engine "
+        f"{row['us'] / 1e3:.0f} ms, {row['over_plain']:.2f} x, {row['goal']}"
     )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "name" in metafunc.fixturenames:
+        full = torch.cuda.is_available() or metafunc.config.getoption("--full")
+        metafunc.parametrize("name", CASES if full else SMALL)
+
+
+def test_sampling(
+    name: str, benchmark: Any, request: pytest.FixtureRequest, results: list[Row]
+) -> None:
+    """One case, as pytest-benchmark sees it."""
+    rounds = 5 if request.config.getoption("--full") else 3
+    rows: list[Row] = []
+    benchmark.pedantic(lambda: rows.append(run_case(name, rounds, 4)), rounds=1)
+    results += rows
+    benchmark.extra_info["row"] = rows[0]
 
 
 def main() -> None:

@@ -31,6 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # What rivals and torch.compile warn of is no error here, as it is in the tests.
+    config.addinivalue_line("filterwarnings", "default")
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning")
     if threads := config.getoption("--threads", None):
         torch.set_num_threads(threads)
 

@@ -60,7 +60,8 @@ class Timing:
         median, low: seconds over the rounds; their middle, and the lower quartile.
         spread: distance between the quartiles, over the median.
         rounds: how many there were.
-        how: "graph", "events" (includes Python's time where that is longer) or "cpu".
+        how: "graph", "events" (includes Python's time where that is longer), "cpu", or "clock": a
+            GPU's work and Python's, until both are done.
         samples: seconds of each round.
     """
 
@@ -583,6 +584,56 @@ def _cpu_name() -> str:
     return match[1] if match else platform.processor()
 
 
+def race_row(
+    case: str, direction: str, timed: Mapping[str, Timing | str], *, mine: str = "ours", **more: Any
+) -> Row:
+    """One row: a candidate, its rivals, and the fastest of them.
+
+    Args:
+        case, direction: what was timed.
+        timed: by candidate; one called "floor" is no rival, nor are other ones of ours.
+        mine: the candidate that counts.
+        more: further fields.
+
+    Raises:
+        Refused: the candidate has no time.
+    """
+    timing = timed[mine]
+    if not isinstance(timing, Timing):
+        raise Refused(f"{direction} could not be timed: {timing}")
+    times = {n: 1e6 * t.seconds if isinstance(t, Timing) else t for n, t in timed.items()}
+    us = 1e6 * timing.seconds
+    row: Row = {
+        "case": case,
+        "direction": direction,
+        "us": us,
+        "times_us": times,
+        "samples_us": samples_us(timed),
+        "spread": timing.spread,
+        "rounds": timing.rounds,
+        "how": timing.how,
+        **more,
+    }
+    others = {n: t for n, t in times.items() if isinstance(t, float) and is_rival(n)}
+    eager = {n: t for n, t in others.items() if n.startswith("eager")}
+    for prefix, some in (("best", others), ("eager", eager)):
+        if some:
+            best = min(some, key=some.__getitem__)
+            row |= {prefix: best, f"{prefix}_us": some[best], f"over_{prefix}": some[best] / us}
+    floor = times.get(FLOOR)
+    if isinstance(floor, float):
+        row["over_floor"] = us / floor
+    return row
+
+
+FLOOR = "floor"
+
+
+def is_rival(name: str) -> bool:
+    """Whether a candidate is neither ours nor the floor."""
+    return name != FLOOR and not name.startswith("ours")
+
+
 COLUMNS = {
     "case": "case",
     "direction": "direction",
@@ -599,8 +650,11 @@ COLUMNS = {
     "over_floor": "x floor",
     "removed": "removed",
     "of_roofline": "roofline",
+    "mfu": "MFU",
     "images_per_second": "images/s",
+    "captions_per_second": "captions/s",
     "peak_mib": "peak MiB",
+    "gpu_used_gib": "GPU GiB",
     "saved_mib": "saved MiB",
     "ns_per_pixel": "ns/pixel",
     "growth": "growth",
@@ -614,7 +668,7 @@ def cell(key: str, value: Any) -> str:
         return ""
     if not isinstance(value, float):
         return str(value)
-    if key in ("of_floor", "spread", "of_roofline", "removed"):
+    if key in ("of_floor", "spread", "of_roofline", "removed", "mfu"):
         return f"{value:.0%}"
     if key.startswith("over") or key == "growth":
         return f"{value:.2f}"

@@ -151,7 +151,7 @@ def _(runs: Sequence[Run], axes: Any) -> bool:
                 continue
             for name, time in row["times_us"].items():
                 if isinstance(time, float) and not name.startswith(("ours", "floor")):
-                    kind = row.get("op", "blocks and models")
+                    kind = row.get("op") or row.get("kind", "blocks and models")
                     found[run.name][f"{kind}: {name}"].append(time / row["us"])
     labels = sorted({label for rivals in found.values() for label in rivals})
     if not labels:
@@ -207,9 +207,9 @@ for _axis in ("resolution", "batch", "window"):
 
 @plot("training", "Training: images a second")
 def _(runs: Sequence[Run], axes: Any) -> bool:
-    rate = by_case(runs, "images_per_second", lambda row: row["direction"] == "training")
+    found = by_case(runs, "images_per_second", lambda row: row["direction"] == "training")
     axes.set_xscale("log")
-    return bars(axes, rate, "images/s, forward and backward")
+    return bars(axes, found, "images/s, forward and backward")
 
 
 @plot("training_memory", "Training: peak memory beyond weights and gradients")
@@ -220,9 +220,30 @@ def _(runs: Sequence[Run], axes: Any) -> bool:
 
 @plot("sampling", "One call of a model, as sampling makes it: images a second")
 def _(runs: Sequence[Run], axes: Any) -> bool:
-    rate = by_case(runs, "images_per_second", lambda row: row["direction"] == "forward")
+    found = by_case(runs, "images_per_second", lambda row: row["direction"] == "forward")
     axes.set_xscale("log")
-    return bars(axes, rate, "images/s a step")
+    return bars(axes, found, "images/s a step")
+
+
+PARTS = {
+    "engine": ("The sampling engine, a whole draw of a few steps: images a second", "sampling"),
+    "loop": ("The training loop, with all that a run does: images a second", "training loop"),
+    "loading": ("The loader on one thread: images a second", "loading"),
+}
+
+
+def rate(direction: str) -> Draw:
+    """Images a second of the rows of a direction."""
+
+    def draw(runs: Sequence[Run], axes: Any) -> bool:
+        found = by_case(runs, "images_per_second", lambda row: row["direction"] == direction)
+        return bars(axes, found, "images/s")
+
+    return draw
+
+
+for _name, (_title, _direction) in PARTS.items():
+    plot(_name, _title)(rate(_direction))
 
 
 @plot("flops", "FLOPs against time")

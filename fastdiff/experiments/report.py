@@ -185,7 +185,7 @@ def scatter(results: Results, file: Path) -> str:
             ax.set_ylabel(heading, fontsize=8)
             ax.tick_params(labelsize=8)
             ax.grid(True, alpha=0.25)
-        line[0].legend(fontsize=7)
+        line[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))  # off the points
     figure.savefig(file, format="png", dpi=90)
     return f"![Tables 3 and 4: our numbers over the paper's](images/{file.name})\n"
 
@@ -395,8 +395,8 @@ LIMITS = """\
 - One seed says which of two runs is better, not which of two architectures: the intervals are
   those of measuring a run (other pictures, other noise), and another seed of the weights moves it,
   too. With several seeds (`--full`) the intervals are Student's, over the seeds.
-- A few hundred steps compare how fast models learn. The paper's tables compare where they end
-  after hundreds of thousands; what is slower at first may end better.
+- Hundreds or a few thousand steps compare how fast models learn. The paper's tables compare where
+  they end after hundreds of thousands; what is slower at first may end better.
 - Scenes have four shapes, six colours and flat backgrounds: no texture, on which convolutions and
   transformers differ most.
 - The FID here is of features of a small classifier of scenes. It has nothing to do with

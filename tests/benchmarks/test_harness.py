@@ -416,6 +416,37 @@ def test_rows_of_a_model() -> None:
     assert rows[0]["samples_us"].keys() >= {"ours", "eager", "floor"}
 
 
+def test_a_row_of_a_race() -> None:
+    def timing(*samples: float) -> harness.Timing:
+        return harness.Timing.of(samples, "cpu")
+
+    timed = {
+        "ours": timing(2e-3, 2e-3, 4e-3),
+        "ours, noise": timing(1e-3, 1e-3, 1e-3),
+        "floor": timing(1e-3, 1e-3, 1e-3),
+        "eager": timing(6e-3, 6e-3, 6e-3),
+        "other": timing(4e-3, 4e-3, 4e-3),
+        "absent": "n/a: not installed",
+    }
+    row = harness.race_row("a", "forward", timed, kind="k")
+    assert (row["us"], row["kind"]) == (pytest.approx(2000), "k")
+    assert (row["best"], row["over_best"]) == ("other", pytest.approx(2))
+    assert (row["eager"], row["over_eager"]) == ("eager", pytest.approx(3))
+    assert row["over_floor"] == pytest.approx(2)
+    assert row["samples_us"]["ours"] == [2000, 2000, 4000]
+    assert row["times_us"]["absent"] == "n/a: not installed"
+    assert harness.race_row("a", "f", timed, mine="ours, noise")["over_best"] == pytest.approx(4)
+    with pytest.raises(harness.Refused, match="not installed"):
+        harness.race_row("a", "forward", timed, mine="absent")
+
+
+def test_utilisation_of_known_gpus() -> None:
+    half = bench_models.utilisation(156e12, 1.0, torch.bfloat16, "NVIDIA A100-SXM4-80GB")
+    assert half == pytest.approx(0.5)
+    assert bench_models.utilisation(1e12, 1.0, torch.float32, "NVIDIA A100-SXM4-80GB") is None
+    assert bench_models.utilisation(1e12, 1.0, torch.bfloat16, "unheard of") is None
+
+
 def test_goals() -> None:
     assert bench_ops.verdict([("floor", 0.8, 0.75, True), ("memory", 0.8, 0.8, False)]) == "met"
     missed = bench_ops.verdict([("floor", 0.7, 0.75, True), ("memory", 0.9, 0.8, False)])

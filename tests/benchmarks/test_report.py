@@ -25,7 +25,12 @@ def run(us: float) -> dict:
         for axis in ("resolution", "batch", "window")
         for n in (1, 2)
     ]
-    rows = [op, both, model, model | {"direction": "forward"}, *points]
+    parts = [
+        {"case": way, "dtype": "float32", "direction": way, "kind": way, "us": us}
+        | {"images_per_second": 3.0, "times_us": {"ours": us, "plain loop": 3 * us}}
+        for way in ("sampling", "training loop", "loading")
+    ]
+    rows = [op, both, model, model | {"direction": "forward"}, *points, *parts]
     rows.append({"case": "op b", "failed": "refused"})
     return {"environment": {"cpu": f"cpu {us}", "torch": "2", "gpu": None}, "rows": rows}
 
