@@ -95,7 +95,7 @@ bench: $(STAMP)  ## the benchmarks, small, on the CPU
 	@$(PY) -m pytest benchmarks/ --benchmark-only
 
 bench-full: $(STAMP)  ## the paper's shapes and torch.compile, for hours, into benchmarks/results
-	@$(PY) -m pytest benchmarks/bench_ops.py benchmarks/bench_models.py --benchmark-only --full --compile \
+	@$(PY) -m pytest benchmarks/ --benchmark-only --full --compile \
 	  --rounds 15 --seconds 60 --rows benchmarks/results/cpu-$$(date -u +%Y%m%d).json
 
 bench-guard: $(STAMP)  ## a few ops and models, held against this machine's baseline

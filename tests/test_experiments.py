@@ -223,6 +223,17 @@ def test_the_report_holds_what_was_found(finished, tmp_path) -> None:
         runner.main(["--out", str(tmp_path), "--report", str(file)])
 
 
+def test_steps_of_difficulty_are_counted() -> None:
+    def cell(value: float, half: float = 0.01) -> measure.Number:
+        return measure.number(value, value - half, value + half, 100)
+
+    cells = {f"unet-16-{task}": cell(0.1 * i) for i, task in enumerate(tasks.TASKS)}
+    cells |= {"unet-32-none": cell(0.1), "unet-32-label": cell(0.05), "unet-32-pair": cell(0.305)}
+    told = report.steps_of_difficulty(cells, [16, 32])
+    assert "harder in 1, easier in 1, none in 1 | harder in 3, easier in 1, none in 0" in told
+    assert "| IU-ViT | harder in 0, easier in 0, none in 0 |" in told
+
+
 def test_what_is_done_is_not_done_again_and_torn_lines_are_made_again(finished, capsys) -> None:
     file = finished / runner.RESULTS
     wanted = [rows()[name] for name in FIXTURE]

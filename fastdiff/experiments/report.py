@@ -7,7 +7,7 @@ none, and the order is told as it came out.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -306,8 +306,40 @@ def heat_map(results: Results, file: Path) -> str:
         f"![Distance to what was asked, by resolution and condition](images/{file.name})\n\n"
         f"{table(['asked for', *(TITLES[b] for b in BACKBONES)], lines)}\n\nFirst line: mean "
         "distance to the nearest rendering of what was asked. Second: share of clean pictures that "
-        "show it.\n"
+        f"show it.\n\n{steps_of_difficulty(cells, sides)}\n"
     )
+
+
+def steps_of_difficulty(cells: Mapping[str, Number], sides: Sequence[int]) -> str:
+    """How often a step to more pixels, or to more that is asked for, is harder.
+
+    Args:
+        cells: Distances by "backbone-side-task".
+        sides: Resolutions that there are, ascending.
+    """
+    lines = []
+    for backbone in BACKBONES:
+        pixels = [
+            (f"{backbone}-{less}-{task}", f"{backbone}-{more}-{task}")
+            for less, more in pairwise(sides)
+            for task in TASKS
+        ]
+        asked = [
+            (f"{backbone}-{side}-{less}", f"{backbone}-{side}-{more}")
+            for side in sides
+            for less, more in pairwise(TASKS)
+        ]
+        cell = [TITLES[backbone]]
+        for steps in (pixels, asked):
+            words = [
+                verdict(apart(cells[more], cells[less]), less_is_better=True)
+                for less, more in steps
+                if less in cells and more in cells
+            ]
+            harder, easier = words.count("worse"), words.count("better")
+            cell.append(f"harder in {harder}, easier in {easier}, none in {words.count('none')}")
+        lines.append(cell)
+    return table(["a step to", "more pixels is", "more that is asked for is"], lines)
 
 
 def snapshots(results: Results, out: Path, file: Path) -> str:
