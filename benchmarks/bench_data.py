@@ -173,13 +173,9 @@ def run_text(folder: Path, out: Path, rounds: int) -> Row:
 
 def _measure(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Timing | str]:
     """Interleaved rounds on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     gc.collect()
-    try:
+    with harness.threads(1):
         return harness.measure(candidates, torch.device("cpu"), rounds=rounds, seconds=60.0)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def line(row: Row) -> str:

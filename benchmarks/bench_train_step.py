@@ -103,8 +103,8 @@ def run_case(name: str, rounds: int, steps: int) -> Row:
         Refused: Their weights differ.
     """
     # The loader's worker has a core of its own, as beside a GPU.
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
-    with tempfile.TemporaryDirectory() as folder:
+    threads = max(1, (os.cpu_count() or 2) - 1)
+    with harness.threads(threads), tempfile.TemporaryDirectory() as folder:
         recipe = recipe_of(name, Path(folder), rounds, steps)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         trainer = Trainer(recipe, 0, 1, device)
@@ -149,6 +149,7 @@ def run_case(name: str, rounds: int, steps: int) -> Row:
     return row | {
         "kind": "training loop",
         "batch": batch,
+        "threads": threads,
         "parameters": sum(p.numel() for p in copy.parameters()),
         "images_per_second": 1e6 * batch / row["us"],
         "of_bare": ratio,

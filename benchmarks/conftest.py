@@ -33,7 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # What rivals and torch.compile warn of is no error here, as it is in the tests.
     config.addinivalue_line("filterwarnings", "default")
-    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning")
+    for kind in ("DeprecationWarning", "ResourceWarning"):  # webdataset leaves its files open
+        config.addinivalue_line("filterwarnings", f"ignore::{kind}")
     if threads := config.getoption("--threads", None):
         torch.set_num_threads(threads)
 

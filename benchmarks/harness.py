@@ -503,6 +503,17 @@ def check_rival(got: Sequence[Any], truth: Sequence[Any], allowed: float = 0.1) 
             raise ValueError(f"wrong: tensor {index} has relative error {error / (size or 1):.2g}")
 
 
+@contextlib.contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Compute on so many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def environment(device: torch.device) -> Row:
     """What a number depends on besides the code."""
     found: Row = {

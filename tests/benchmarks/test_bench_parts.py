@@ -83,7 +83,7 @@ def test_accelerate() -> None:
 def test_training_loop() -> None:
     threads = torch.get_num_threads()
     row = bench_train_step.run_case("demo", rounds=2, steps=4)
-    torch.set_num_threads(threads)
+    assert torch.get_num_threads() == threads
     check(row, "training loop", "bare loop")
     assert 0.2 < row["of_bare"] < 1.2
 
