@@ -27,6 +27,7 @@ struct GroupNormTile {
   void* dx;
   const float *mean, *up, *offset;  // of the group of each channel; see above
   const float *slope, *constant;    // dx = up * d - constant - (x - mean) * slope
+  float* d;  // what the first pass of the backward keeps of d for the second, as y lies; or null
   // (channels,), out: mean, centred squares and rest; or sums of d and of d * (x - mean)
   float *first, *second, *third;
 };
@@ -189,6 +190,9 @@ void sums(const GroupNormTile& a) {
       const V offset = load(a.offset + c, part);
       V d_sum{}, x_sum{};
       int64_t k = p;
+      const auto keep_d = [&](int64_t i, V d) {
+        if (a.d) store(a.d + i * a.y_pixel + c, d, part);
+      };
       const auto x_at = [&](int64_t i) { return load(x + i * a.x_pixel + c, part); };
       const auto dy_at = [&](int64_t i) { return load(dy + i * a.y_pixel + c, part); };
       for (; k + 2 <= p + rows; k += 2) {
@@ -198,11 +202,14 @@ void sums(const GroupNormTile& a) {
         }
         const auto sums =
             both(Two{{x_at(k), x_at(k + 1)}}, Two{{dy_at(k), dy_at(k + 1)}}, mean, up, offset);
+        keep_d(k, sums.of[0].v[0]);
+        keep_d(k + 1, sums.of[0].v[1]);
         d_sum += sums.of[0].v[0] + sums.of[0].v[1];
         x_sum += sums.of[1].v[0] + sums.of[1].v[1];
       }
       if (k < p + rows) {
         const auto sums = both(x_at(k), dy_at(k), mean, up, offset);
+        keep_d(k, sums.of[0]);
         d_sum += sums.of[0];
         x_sum += sums.of[1];
       }
@@ -217,9 +224,12 @@ void sums(const GroupNormTile& a) {
     for (int64_t start = 0; start < a.pixels; start += block) {
       const int64_t size = a.pixels - start < block ? a.pixels - start : block;
       const auto both_sums = sum_vectors<2>(size, [&](int64_t i, auto part) {
-        const int64_t p = start + i;  // the sums are 0 beyond the part, as dy is
-        return both(load(x + c * a.x_channel + p, part), load(dy + c * a.y_channel + p, part), mean,
-                    up, offset);
+        const int64_t p = start + i, to = c * a.y_channel + p;
+        // the sums are 0 beyond the part, as dy is
+        const auto two =
+            both(load(x + c * a.x_channel + p, part), load(dy + to, part), mean, up, offset);
+        if (a.d) store(a.d + to, two.of[0], part);
+        return two;
       });
       first += sum(both_sums.of[0]);
       second += sum(both_sums.of[1]);
@@ -229,18 +239,21 @@ void sums(const GroupNormTile& a) {
   }
 }
 
-template <class T, bool SILU>
+template <class T, bool SILU, bool KEPT>
 void apply_backward(const GroupNormTile& a) {
   const T* x = static_cast<const T*>(a.x);
   const T* dy = static_cast<const T*>(a.dy);
   T* dx = static_cast<T*>(a.dx);
   for_tile(a, [&](int64_t at, int64_t to, int64_t c, auto part, auto constant) {
     prefetch(x + at + a.x_ahead, part);
-    prefetch(dy + to + a.y_ahead, part);
     const auto centred = load(x + at, part) - constant(a.mean + c, part);
     const auto up = constant(a.up + c, part);
-    const auto d =
-        before_activation<SILU>(load(dy + to, part), centred, up, constant(a.offset + c, part));
+    const auto d = [&] {
+      if constexpr (KEPT) return load(a.d + to, part);
+      prefetch(dy + to + a.y_ahead, part);
+      return before_activation<SILU>(load(dy + to, part), centred, up,
+                                     constant(a.offset + c, part));
+    }();
     const auto rest = constant(a.constant + c, part) + centred * constant(a.slope + c, part);
     store(dx + at, up * d - rest, part);
   });
@@ -296,7 +309,9 @@ void group_norm_sums(const GroupNormTile& a) {
 
 void group_norm_apply_backward(const GroupNormTile& a) {
   with_type(a.type, [&](auto t) {
-    a.silu ? apply_backward<decltype(t), true>(a) : apply_backward<decltype(t), false>(a);
+    using T = decltype(t);
+    if (a.d) return apply_backward<T, true, true>(a);
+    a.silu ? apply_backward<T, true, false>(a) : apply_backward<T, false, false>(a);
   });
 }
 
@@ -309,6 +324,7 @@ void group_norm_apply_backward(const GroupNormTile& a) {
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 namespace fastdiff {
@@ -465,24 +481,36 @@ struct Vectors {
   }
 };
 
-// channels_last: first(image, piece), then between(image) when all pieces of the image are there,
-// then second(image, piece). An image is done as a whole, which finds it in the cache the second
-// time, where there are enough of them for every thread.
+// f(i, kept) as for_pieces, with room for so many floats in `kept`: what a piece's first pass
+// leaves for its second. Null where that would not stay in a cache.
+template <class F>
+void for_pieces_keeping(int64_t n, int64_t floats, const F& f) {
+  constexpr int64_t most = 1 << 17;
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> kept(0 < floats && floats <= most ? new float[floats] : nullptr);
+    for (int64_t i = begin; i < end; ++i) f(i, kept.get());
+  });
+}
+
+// channels_last: first(image, piece, kept), then between(image) when all pieces of the image are
+// there, then second(image, piece, kept). An image is done as a whole, which finds it in the cache
+// the second time, where there are enough of them for every thread; `kept` has room for that many
+// floats then, and is null otherwise.
 template <class First, class Between, class Second>
-void for_images(int64_t batch, int64_t pieces, const First& first, const Between& between,
-                const Second& second) {
+void for_images(int64_t batch, int64_t pieces, int64_t keep, const First& first,
+                const Between& between, const Second& second) {
   const int64_t threads = torch::stable::get_num_threads();
   if (batch % threads == 0 || batch >= 4 * threads) {
-    for_pieces(batch, [&](int64_t image) {
-      for (int64_t p = 0; p < pieces; ++p) first(image, p);
+    for_pieces_keeping(batch, keep, [&](int64_t image, float* kept) {
+      for (int64_t p = 0; p < pieces; ++p) first(image, p, kept);
       between(image);
-      for (int64_t p = 0; p < pieces; ++p) second(image, p);
+      for (int64_t p = 0; p < pieces; ++p) second(image, p, kept);
     });
     return;
   }
-  for_pieces(batch * pieces, [&](int64_t i) { first(i / pieces, i % pieces); });
+  for_pieces(batch * pieces, [&](int64_t i) { first(i / pieces, i % pieces, nullptr); });
   for_pieces(batch, between);
-  for_pieces(batch * pieces, [&](int64_t i) { second(i / pieces, i % pieces); });
+  for_pieces(batch * pieces, [&](int64_t i) { second(i / pieces, i % pieces, nullptr); });
 }
 
 void forward(const Tensor& x, const MaybeTensor& skip, const Tensor& weight, const Tensor& bias,
@@ -550,7 +578,7 @@ void forward(const Tensor& x, const MaybeTensor& skip, const Tensor& weight, con
   const int64_t run = c.piece_pixels(), pieces = c.pieces();
   const auto size = [&](int64_t piece) { return std::min(run, c.pixels - piece * run); };
   std::vector<float> partial(c.batch * pieces * 3 * C);
-  const auto measure_piece = [&](int64_t image, int64_t piece) {
+  const auto measure_piece = [&](int64_t image, int64_t piece, float*) {
     measure(image, 0, C, piece * run, size(piece), &partial[(image * pieces + piece) * 3 * C]);
   };
   const auto settle_image = [&](int64_t image) {
@@ -561,10 +589,10 @@ void forward(const Tensor& x, const MaybeTensor& skip, const Tensor& weight, con
     for (int64_t g = 0; g < groups; ++g)
       settle(image, g, Statistics::merge(&means[g * D], &squares[g * D], counts.data(), D, eps));
   };
-  const auto apply_piece = [&](int64_t image, int64_t piece) {
+  const auto apply_piece = [&](int64_t image, int64_t piece, float*) {
     apply(image, 0, C, piece * run, size(piece));
   };
-  for_images(c.batch, pieces, measure_piece, settle_image, apply_piece);
+  for_images(c.batch, pieces, 0, measure_piece, settle_image, apply_piece);
 }
 
 void backward(const Tensor& dy, const Tensor& x, const MaybeTensor& skip, const Tensor& weight,
@@ -589,20 +617,25 @@ void backward(const Tensor& dy, const Tensor& x, const MaybeTensor& skip, const 
   std::vector<double> first(c.batch * C), second(c.batch * C);  // sums of d, of d * x_hat
   const auto sum_tile = FASTDIFF_PICK(group_norm_sums);
   const auto apply_tile = FASTDIFF_PICK(group_norm_apply_backward);
+  // With SiLU the first pass keeps d for the second where it stays in the cache: of a group, or of
+  // an image in channels_last. `kept` is null or takes them, in the order of y.
+  const int64_t keep = silu && (to[0] || to[1]) ? (channels_last ? C : D) * c.pixels : 0;
   const auto tile = [&](int source, int64_t image, int64_t begin, int64_t count, int64_t pixel,
-                        int64_t run) {
+                        int64_t run, float* kept) {
     GroupNormTile t = c.tile(source, count, run);
     t.silu = silu;
     t.x = at(c.from[source], c.in(source, image, begin, pixel));
     t.dy = at(dy_, c.out(image, begin, pixel));
+    const int64_t origin = c.out(image, channels_last ? 0 : begin / D * D, 0);
+    t.d = kept ? kept + (c.out(image, begin, pixel) - origin) / c.bytes : nullptr;
     vectors.attach(&t, image, begin);
     return t;
   };
   // Sums of n channels over a run of pixels, behind each other in `own`.
   const auto add_up = [&](int64_t image, int64_t channel, int64_t n, int64_t pixel, int64_t run,
-                          float* own) {
+                          float* own, float* kept) {
     c.each_source(channel, n, [&](int source, int64_t begin, int64_t count) {
-      GroupNormTile t = tile(source, image, begin, count, pixel, run);
+      GroupNormTile t = tile(source, image, begin, count, pixel, run, kept);
       t.first = own + (begin - channel);
       t.second = t.first + n;
       sum_tile(t);
@@ -627,10 +660,11 @@ void backward(const Tensor& dy, const Tensor& x, const MaybeTensor& skip, const 
       vectors.constant[k] = static_cast<float>(share * m1 - slope * s.rest);
     }
   };
-  const auto apply = [&](int64_t image, int64_t channel, int64_t n, int64_t pixel, int64_t run) {
+  const auto apply = [&](int64_t image, int64_t channel, int64_t n, int64_t pixel, int64_t run,
+                         float* kept) {
     c.each_source(channel, n, [&](int source, int64_t begin, int64_t count) {
       if (!to[source]) return;
-      GroupNormTile t = tile(source, image, begin, count, pixel, run);
+      GroupNormTile t = tile(source, image, begin, count, pixel, run, kept);
       t.dx = at(to[source], c.in(source, image, begin, pixel));
       apply_tile(t);
     });
@@ -641,23 +675,24 @@ void backward(const Tensor& dy, const Tensor& x, const MaybeTensor& skip, const 
   if (c.batch * c.pixels == 0) {
     // no pixels, no sums: all gradients are 0
   } else if (!channels_last) {
-    for_pieces(c.batch * groups, [&](int64_t i) {
+    for_pieces_keeping(c.batch * groups, keep, [&](int64_t i, float* kept) {
       const int64_t image = i / groups, g = i % groups;
       std::vector<float> own(2 * D);
-      add_up(image, g * D, D, 0, c.pixels, own.data());
+      add_up(image, g * D, D, 0, c.pixels, own.data(), kept);
       for (int64_t k = 0; k < D; ++k) {
         first[image * C + g * D + k] = own[k];
         second[image * C + g * D + k] = own[D + k];
       }
       settle(image, g);
-      apply(image, g * D, D, 0, c.pixels);
+      apply(image, g * D, D, 0, c.pixels, kept);
     });
   } else {
     const int64_t run = c.piece_pixels(), pieces = c.pieces();
     const auto size = [&](int64_t piece) { return std::min(run, c.pixels - piece * run); };
     std::vector<float> partial(c.batch * pieces * 2 * C);
-    const auto add_up_piece = [&](int64_t image, int64_t piece) {
-      add_up(image, 0, C, piece * run, size(piece), &partial[(image * pieces + piece) * 2 * C]);
+    const auto add_up_piece = [&](int64_t image, int64_t piece, float* kept) {
+      float* own = &partial[(image * pieces + piece) * 2 * C];
+      add_up(image, 0, C, piece * run, size(piece), own, kept);
     };
     const auto settle_image = [&](int64_t image) {
       const float* own = &partial[image * pieces * 2 * C];
@@ -668,10 +703,10 @@ void backward(const Tensor& dy, const Tensor& x, const MaybeTensor& skip, const 
         }
       for (int64_t g = 0; g < groups; ++g) settle(image, g);
     };
-    const auto apply_piece = [&](int64_t image, int64_t piece) {
-      if (to[0] || to[1]) apply(image, 0, C, piece * run, size(piece));
+    const auto apply_piece = [&](int64_t image, int64_t piece, float* kept) {
+      if (to[0] || to[1]) apply(image, 0, C, piece * run, size(piece), kept);
     };
-    for_images(c.batch, pieces, add_up_piece, settle_image, apply_piece);
+    for_images(c.batch, pieces, keep, add_up_piece, settle_image, apply_piece);
   }
 
   for (int64_t i = 0; i < C; ++i) {
