@@ -191,6 +191,8 @@ def scaling(axis: str) -> Draw:
             style = "--" if label.endswith("counted") else "o-"
             axes.plot(x, [value / y[0] for value in y], style, label=label)
         axes.set_xscale("log", base=2)
+        values = sorted({x for points in lines.values() for x, _ in points})
+        axes.set_xticks(values, [f"{value:g}" for value in values])
         axes.set_xlabel(axis)
         axes.set_ylabel("per pixel, over the first point")
         axes.set_ylim(bottom=0)
