@@ -7,7 +7,7 @@ width is searched so that its parameters come within 15 % of the first model's. 
 U-Net are ours with every op as a user would write it; diffusers' models are as that library makes
 them. *training* is forward and backward; FLOPs are counted by torch on the very call. A model has a
 row only where its output has the image's shape and every gradient it gives is finite; ours also has
-to agree with the plain ops.
+to agree with the plain ops, and its row says how far it is from its floor (see `bench_models.py`).
 
 Letters: B batch, C channels, H W pixels.
 """
@@ -165,7 +165,8 @@ class Entrant:
 
     Attributes:
         module: called as (x, t, context).
-        library: "fastdiff", "eager" for ours with plain ops, "diffusers".
+        library: "fastdiff", "eager" for ours with plain ops, "floor" for what is left of ours
+            without them, "diffusers".
     """
 
     module: nn.Module
@@ -173,7 +174,8 @@ class Entrant:
 
     def ops(self) -> contextlib.AbstractContextManager[Any]:
         """The ops it runs on."""
-        return rivals.plain() if self.library == "eager" else contextlib.nullcontext()
+        contexts = {"eager": rivals.plain, "floor": rivals.floor}
+        return contexts.get(self.library, contextlib.nullcontext)()
 
 
 def entrants(field: Field) -> dict[str, Callable[[int], Entrant]]:
@@ -243,9 +245,15 @@ def run_field(field: Field, device: torch.device, options: Options) -> list[Row]
             rows.append({"case": f"{field.name}: {name}", "failed": harness.reason(error, device)})
             continue
         jobs |= {(name, direction): job for direction, job in ready.items()}
+        if one.library == "fastdiff":
+            floor = prepare(Entrant(one.module, "floor"), x, t, context, noise)
+            jobs |= {(f"{name}, floor", direction): job for direction, job in floor.items()}
     seconds = options.seconds * len(jobs)
     found = harness.measure(jobs, device, rounds=options.rounds, seconds=seconds)
     for (name, direction), timing in found.items():
+        if name not in about:
+            continue
+        floor_timing = found.get((f"{name}, floor", direction))
         if not isinstance(timing, Timing):
             rows.append({"case": f"{field.name}: {name}, {direction}", "failed": timing})
             continue
@@ -261,6 +269,9 @@ def run_field(field: Field, device: torch.device, options: Options) -> list[Row]
                 "direction": direction,
                 "us": us,
                 "spread": timing.spread,
+                "over_floor": timing.seconds / floor_timing.seconds
+                if isinstance(floor_timing, Timing)
+                else None,
                 "batch": field.batch,
                 "flops": flops,
                 "tflops": flops / us / 1e6,

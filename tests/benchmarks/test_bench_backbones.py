@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bench_backbones, bench_ops, bench_scaling
+from fastdiff.models import create_model
 
 CPU = torch.device("cpu")
 QUICK = bench_ops.Options(compile=False, rounds=3, seconds=0.01)
@@ -47,6 +48,23 @@ def test_a_model_of_another_output_has_no_number() -> None:
         bench_backbones.prepare(
             bench_backbones.Entrant(Wrong(), "diffusers"), x, torch.zeros(1), None, x
         )
+
+
+def test_ours_stands_beside_its_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = bench_backbones.Field(
+        "tiny", "iuvit_cifar10", 32, 1, overrides={"dim": 64, "layers": 3, "patch_size": 8}
+    )
+    name = small.first
+    ours = bench_backbones.Entrant(create_model(name, **small.overrides), "fastdiff")
+    eager = bench_backbones.Entrant(create_model(name, **small.overrides), "eager")
+    made = {name: lambda wanted: ours, "eager": lambda wanted: eager}
+    monkeypatch.setattr(bench_backbones, "entrants", lambda field: made)
+    rows = bench_backbones.run_field(small, CPU, QUICK)
+    by_name = {(row["model"], row["direction"]): row["over_floor"] for row in rows}
+    assert len(by_name) == 4
+    for direction in ("forward", "training"):
+        assert by_name[name, direction] > 0.3
+        assert by_name["eager", direction] is None
 
 
 def test_a_line_of_scaling() -> None:
