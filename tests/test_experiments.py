@@ -223,6 +223,16 @@ def test_the_report_holds_what_was_found(finished, tmp_path) -> None:
         runner.main(["--out", str(tmp_path), "--report", str(file)])
 
 
+def test_rows_stand_in_the_grids_order_whichever_ended_first() -> None:
+    ended = [("table4", "patchmerge"), ("table3", "iuvit"), ("table4", "ascend"), ("new", "x")]
+    found = report.Results(
+        [{"row": f"{one}/{name}", "experiment": one, "name": name} for one, name in ended]
+    )
+    assert [r["row"] for r in found.all] == [
+        *("table3/iuvit", "table4/ascend", "table4/patchmerge", "new/x")
+    ]
+
+
 def test_steps_of_difficulty_are_counted() -> None:
     def cell(value: float, half: float = 0.01) -> measure.Number:
         return measure.number(value, value - half, value + half, 100)

@@ -15,7 +15,8 @@ from typing import Any
 from PIL import Image
 
 from fastdiff.data.scenes import SceneJudge
-from fastdiff.experiments.grid import BACKBONES, TITLES
+from fastdiff.experiments.grid import BACKBONES, DEFAULT, TITLES
+from fastdiff.experiments.grid import rows as grid_rows
 from fastdiff.experiments.measure import Number, difference, number
 from fastdiff.experiments.runner import RESULTS, read_results
 from fastdiff.experiments.tasks import TASKS
@@ -81,10 +82,14 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 class Results:
-    """Finished rows by experiment and name, the newest of each seed."""
+    """Finished rows by experiment and name in the order of the grid, the newest of each seed."""
 
     def __init__(self, results: Sequence[Result]) -> None:
-        self.all = list({result["row"]: result for result in results}.values())
+        place = {(row.experiment, row.name): at for at, row in enumerate(grid_rows(DEFAULT))}
+        self.all = sorted(
+            {result["row"]: result for result in results}.values(),
+            key=lambda result: place.get((result["experiment"], result["name"]), len(place)),
+        )
         self.by_name: dict[tuple[str, str], list[Result]] = {}
         for result in self.all:
             self.by_name.setdefault((result["experiment"], result["name"]), []).append(result)
@@ -373,6 +378,8 @@ def snapshots(results: Results, out: Path, file: Path) -> str:
     return (
         f"![{', '.join(TITLES[n] for n in names)} from left to right, at steps "
         f"{', '.join(map(str, steps))} from top to bottom](images/{file.name})\n\n"
+        f"From left to right {', '.join(TITLES[n] for n in names)}; from top to bottom after "
+        f"{', '.join(map(str, steps))} steps.\n\n"
         f"{table(['step', *titles], lines)}\n\n"
         "First line: gradient energy on the borders of IU-ViT's patches over that inside them; of "
         f"real pictures {', '.join(sorted(real))}. Second: distance to a scene.\n"
@@ -384,7 +391,7 @@ def origin(results: Results) -> str:
     every = results.all
 
     def values(key: str) -> str:
-        return ", ".join(sorted({str(r[key]) for r in every}))
+        return ", ".join(map(str, sorted({r[key] for r in every})))
 
     seconds = sum(r["train_s"] + r["measure_s"] for r in every)
     extractors = sorted(
@@ -402,7 +409,7 @@ def origin(results: Results) -> str:
             ["torch, machine, threads", " / ".join(map(values, ("torch", "machine", "threads")))],
             ["seeds", values("seed")],
             ["steps, batch", f"{values('steps')} / {values('batch_size')}"],
-            ["minutes in all", f"{seconds / 60:.0f}"],
+            ["minutes in all, a core each", f"{seconds / 60:.0f}"],
             ["feature extractor of FID", features],
         ],
     )
@@ -411,9 +418,12 @@ def origin(results: Results) -> str:
 INTRODUCTION = """\
 Written by `python train/experiments.py --report`; what it says of numbers is computed from them.
 Models of the paper's structure, narrow ones without `--full`, are trained on the embedded scenes;
-within a table or figure with the same data, order, noise, optimiser and steps. To run a row again:
-`python train/experiments.py --only {row}`; on the same machine, with as many threads, its numbers
-are the same.
+within a table or figure with the same data, order, noise, optimiser and steps. They predict v on
+the linear schedule, which learns captions in fewer steps than the paper's noise on the cosine one.
+Where all is noise v is the picture: the loss there is that of guessing what nobody described.
+
+To run a row again: `python train/experiments.py --only {row}`; on the same machine, with as many
+threads, its numbers are the same.
 
 A number is followed by its 95 % interval: bootstrap over {pictures} held-out pictures at 8 times
 for losses (differences are paired), bootstrap over the drawn pictures for FID and distances,
