@@ -171,7 +171,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("name", CASES if metafunc.config.getoption("--full") else ["demo"])
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_train_step(
     name: str, benchmark: Any, request: pytest.FixtureRequest, results: list[Row]
 ) -> None:

@@ -34,6 +34,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fastdiff._show_config import processor_name
 from fastdiff.ops import backend
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -524,7 +525,7 @@ def environment(device: torch.device) -> Row:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _triton_version(),
-        "cpu": _cpu_name(),
+        "cpu": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
@@ -588,11 +589,12 @@ def _triton_version() -> str:
         return "absent"
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    text = info.read_text(errors="replace") if info.is_file() else ""
-    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return match[1] if match else platform.processor()
+FLOOR = "floor"
+
+
+def is_rival(name: str) -> bool:
+    """Whether a candidate is neither ours nor the floor."""
+    return name != FLOOR and not name.startswith("ours")
 
 
 def race_row(
@@ -635,14 +637,6 @@ def race_row(
     if isinstance(floor, float):
         row["over_floor"] = us / floor
     return row
-
-
-FLOOR = "floor"
-
-
-def is_rival(name: str) -> bool:
-    """Whether a candidate is neither ours nor the floor."""
-    return name != FLOOR and not name.startswith("ours")
 
 
 COLUMNS = {

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +58,23 @@ def example_calls(device: torch.device) -> dict[str, tuple[Callable[..., Any], t
     }
 
 
+def processor_name() -> str:
+    """The CPU's name as the system tells it, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(errors="replace") if info.is_file() else ""
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def cpu_kernels() -> str:
+    """What of the compiled CPU kernels runs here."""
+    return (
+        f"compiled kernels for {_native.cpu_level()}"
+        if _native.available()
+        else "no compiled kernels"
+    )
+
+
 def _devices() -> list[str]:
     lines = []
     for index in range(torch.cuda.device_count()):
@@ -64,12 +83,7 @@ def _devices() -> list[str]:
         lines.append(
             f"cuda:{index}  {device.name}, sm_{device.major}{device.minor}, {memory:.0f} GiB"
         )
-    level = (
-        f"compiled kernels for {_native.cpu_level()}"
-        if _native.available()
-        else "no compiled kernels"
-    )
-    lines.append(f"cpu     {platform.machine()}, {torch.get_num_threads()} threads, {level}")
+    lines.append(f"cpu     {processor_name()}, {torch.get_num_threads()} threads, {cpu_kernels()}")
     return lines
 
 

@@ -7,6 +7,7 @@ none, and the order is told as it came out.
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -121,6 +122,12 @@ def ablation(results: Results, experiment: str, base: str) -> str:
     names = results.names(experiment)
     if base not in names:
         return "Not run yet.\n"
+    extractors = {r["extractor"] for name in names for r in results.by_name[experiment, name]}
+    if len(extractors) > 1:
+        raise ValueError(
+            f"the FIDs of {experiment} are of {len(extractors)} feature extractors and cannot be "
+            f"compared; keep one folder's lines in {RESULTS} and run the other rows again there"
+        )
     paper = {name: results.one(experiment, name)["paper"] for name in names}
     lines, agreement = [], []
     for name in names:
@@ -386,6 +393,9 @@ def snapshots(results: Results, out: Path, file: Path) -> str:
     )
 
 
+MAKERS = ("commit", "torch", "machine", "threads")
+
+
 def origin(results: Results) -> str:
     """What made the numbers."""
     every = results.all
@@ -393,6 +403,8 @@ def origin(results: Results) -> str:
     def values(key: str) -> str:
         return ", ".join(map(str, sorted({r[key] for r in every})))
 
+    made = Counter(tuple(str(r[key]) for key in MAKERS) for r in every)
+    makers = [f"{n} row{'s' * (n > 1)}: {', '.join(maker)}" for maker, n in made.most_common()]
     seconds = sum(r["train_s"] + r["measure_s"] for r in every)
     extractors = sorted(
         {(min(r["side"], 32), r["extractor"], r["extractor_accuracy"]) for r in every}
@@ -405,11 +417,10 @@ def origin(results: Results) -> str:
         ["", ""],
         [
             ["rows", str(len(every))],
-            ["commit", values("commit")],
-            ["torch, machine, threads", " / ".join(map(values, ("torch", "machine", "threads")))],
+            ["commit, torch, machine, threads", "<br>".join(makers)],
             ["seeds", values("seed")],
             ["steps, batch", f"{values('steps')} / {values('batch_size')}"],
-            ["minutes in all, a core each", f"{seconds / 60:.0f}"],
+            ["minutes in all, by the clock of each row", f"{seconds / 60:.0f}"],
             ["feature extractor of FID", features],
         ],
     )
@@ -455,6 +466,7 @@ def write_report(out: Path, file: Path) -> Path:
 
     Raises:
         FileNotFoundError: No results there.
+        ValueError: FIDs of one table are of several feature extractors.
     """
     results = Results(read_results(out / RESULTS))
     if not results.all:

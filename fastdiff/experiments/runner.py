@@ -12,7 +12,6 @@ import dataclasses
 import fcntl
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from fastdiff._show_config import cpu_kernels, processor_name
 from fastdiff.experiments.grid import DEFAULT, FULL, Row, Scale, parameters, rows, settings_of
 
 RESULTS = "results.jsonl"
@@ -102,7 +102,9 @@ def run_row(row: Row, scale: Scale, out: Path) -> dict[str, Any]:
         "parameters": parameters(row.model),
         "commit": commit(),
         "torch": torch.__version__,
-        "machine": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "machine": (
+            torch.cuda.get_device_name() if cuda else f"{processor_name()}, {cpu_kernels()}"
+        ),
         "threads": torch.get_num_threads(),
         **found,
     }
