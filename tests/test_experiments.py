@@ -213,6 +213,10 @@ def test_the_report_holds_what_was_found(finished, tmp_path) -> None:
     one, two = (results[f"table3/{name}-seed0"]["val_losses"] for name in ("iuvit", "uvit"))
     change = report.told(measure.difference(one, two), 4, sign=True)
     assert change in text
+    counts = {int(results[row]["numbers"]["distance"]["n"]) for row in results}
+    assert len(counts) == 1
+    assert text.count("Samples of each number: ") == 4
+    assert text.count(f"distance to a scene {counts.pop()}, clean scenes") == 1
     assert "| 3.11 |" in text
     assert "Not run yet" in text  # Table 4
     pictures = {

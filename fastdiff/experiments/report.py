@@ -117,6 +117,16 @@ class Results:
         return over_seeds([difference(a["val_losses"], b["val_losses"]) for a, b in pairs])
 
 
+def samples(found: Mapping[str, Iterable[Number]]) -> str:
+    """How many samples stand behind each number of a table, by its heading."""
+    counts = {
+        heading: sorted({int(number["n"]) for number in numbers})
+        for heading, numbers in found.items()
+    }
+    told = ", ".join(f"{heading} {' or '.join(map(str, n))}" for heading, n in counts.items())
+    return f"Samples of each number: {told}."
+
+
 def ablation(results: Results, experiment: str, base: str) -> str:
     """A table of the paper: rows beside one of them, what agrees, the order."""
     names = results.names(experiment)
@@ -170,9 +180,15 @@ def ablation(results: Results, experiment: str, base: str) -> str:
             line += f" {'=' if none else '>'} {titles[name]}"
         orders.append(f"- {heading}: {line}")
     order = "\n".join(orders)
+    counted = {
+        heading: [results.number(experiment, name, key) for name in names]
+        for key, heading, _, _ in MEASURES
+    }
     return (
         f"{table(head, lines)}\n\nThe second line of a cell is the difference to "
-        f"{titles[base]}.\n\nAgainst the paper:\n\n" + "\n".join(agreement) + "\n\n"
+        f"{titles[base]}. {samples(counted)}\n\nAgainst the paper:\n\n"
+        + "\n".join(agreement)
+        + "\n\n"
         f"Best first; = where two neighbours differ by none:\n\n{order}\n"
         + bands(results, experiment)
     )
@@ -237,7 +253,8 @@ def attention(results: Results) -> str:
     """Figure 10: agreement by attribute, separate beside fused."""
     if set(results.names("figure10")) != {"separate", "fused"}:
         return "Not run yet.\n"
-    lines = []
+    lines: list[list[str]] = []
+    counted: dict[str, list[Number]] = {}
     for key, heading in (
         ("joint", "all four right"),
         ("strict", "and clean"),
@@ -248,6 +265,7 @@ def attention(results: Results) -> str:
     ):
         numbers = [results.number("figure10", name, key) for name in ("separate", "fused")]
         change = apart(*numbers)
+        counted.setdefault("shares", []).extend(numbers)
         lines.append(
             [
                 heading,
@@ -261,7 +279,8 @@ def attention(results: Results) -> str:
         ("val_loss", "validation loss"),
     ):
         change = results.change("figure10", "separate", "fused", key)
-        both = [told(results.number("figure10", n, key), 4) for n in ("separate", "fused")]
+        counted[heading] = [results.number("figure10", n, key) for n in ("separate", "fused")]
+        both = [told(found, 4) for found in counted[heading]]
         word = verdict(change, less_is_better=True)
         lines.append([heading, *both, told(change, 4, sign=True), word])
     sizes = [
@@ -270,8 +289,9 @@ def attention(results: Results) -> str:
     ]
     head = ["", f"separate, {sizes[0]}", f"fused, {sizes[1]}", "difference", "separate is"]
     return (
-        f"{table(head, lines)}\n\nThe paper shows pictures and says that separate attention "
-        "encourages better semantic alignment; it gives no number.\n"
+        f"{table(head, lines)}\n\n{samples(counted)}\n\n"
+        "The paper shows pictures and says that separate attention encourages better semantic "
+        "alignment; it gives no number.\n"
     )
 
 
@@ -314,11 +334,12 @@ def heat_map(results: Results, file: Path) -> str:
         for side in sides
         for task in TASKS
     ]
+    counted = {"distance": cells.values(), "share": clean.values()}
     return (
         f"![Distance to what was asked, by resolution and condition](images/{file.name})\n\n"
         f"{table(['asked for', *(TITLES[b] for b in BACKBONES)], lines)}\n\nFirst line: mean "
         "distance to the nearest rendering of what was asked. Second: share of clean pictures that "
-        f"show it.\n\n{steps_of_difficulty(cells, sides)}\n"
+        f"show it. {samples(counted)}\n\n{steps_of_difficulty(cells, sides)}\n"
     )
 
 
@@ -380,6 +401,10 @@ def snapshots(results: Results, out: Path, file: Path) -> str:
                 *(f"{told(s['patch_effect'], 3)}<br>{told(s['distance'], 3)}" for s in made),
             ]
         )
+    counted = {
+        heading: [shot[key] for name in names for shot in found[name]["snapshots"]]
+        for key, heading in (("patch_effect", "patch effect"), ("distance", "distance"))
+    }
     real = {told(found[name]["numbers"]["patch_effect_of_real"], 3) for name in names}
     titles = [f"{TITLES[n]}, {found[n]['parameters'] / 1e6:.2f}M" for n in names]
     return (
@@ -389,7 +414,8 @@ def snapshots(results: Results, out: Path, file: Path) -> str:
         f"{', '.join(map(str, steps))} steps.\n\n"
         f"{table(['step', *titles], lines)}\n\n"
         "First line: gradient energy on the borders of IU-ViT's patches over that inside them; of "
-        f"real pictures {', '.join(sorted(real))}. Second: distance to a scene.\n"
+        f"real pictures {', '.join(sorted(real))}. Second: distance to a scene. "
+        f"{samples(counted)}\n"
     )
 
 
