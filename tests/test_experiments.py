@@ -244,6 +244,11 @@ def test_the_report_names_machines_and_compares_no_fids_of_different_extractors(
     text = report.write_report(tmp_path, tmp_path / "docs" / "page.md").read_text()
     for line in lines:
         assert f"1 row: {line['commit']}, {torch.__version__}, {line['machine']}, 1" in text
+    assert "on another machine" not in text
+    again = lines[0] | {"machine": "third", "val_losses": [x + 1 for x in lines[0]["val_losses"]]}
+    runner.append_result(tmp_path / report.REPEATS, again | {"extractor": "0" * 64})
+    text = report.write_report(tmp_path, tmp_path / "docs" / "page.md").read_text()
+    assert f"{again['commit'][:7]}, third | +1.0000 (+1.0000 to +1.0000) | other features" in text
     runner.append_result(tmp_path / runner.RESULTS, lines[1] | {"extractor": "0" * 64})
     with pytest.raises(SystemExit, match="FIDs of table3 are of 2 feature extractors"):
         runner.main(["--out", str(tmp_path), "--report", str(tmp_path / "docs" / "page.md")])

@@ -457,6 +457,39 @@ def origin(results: Results) -> str:
     )
 
 
+#: Rows that were run again elsewhere, lines as in `results.jsonl`.
+REPEATS = "repeats.jsonl"
+
+
+def repeated(results: Results, repeats: Sequence[Result]) -> str:
+    """What the same row and seed gives on another machine, where rounding alone differs."""
+    first = {(r["row"], r["settings"]): r for r in results.all}
+    lines = []
+    for again in repeats:
+        one = first.get((again["row"], again["settings"]))
+        if one is None:
+            continue
+        line = [again["row"], f"{again['commit'][:7]}, {again['machine']}"]
+        for key, _, decimals, _ in MEASURES:
+            if key == "val_loss":
+                change = difference(again["val_losses"], one["val_losses"])
+            elif key == "fid" and again["extractor"] != one["extractor"]:
+                line.append("other features")
+                continue
+            else:
+                change = apart(again["numbers"][key], one["numbers"][key])
+            line.append(told(change, decimals, sign=True))
+        lines.append(line)
+    if not lines:
+        return ""
+    head = ["row", "run again by", *(heading for _, heading, _, _ in MEASURES)]
+    return (
+        "The same row with the same seed on another machine, as the difference to its line above. "
+        "Rounding is all that differs, and training makes it larger: differences between rows "
+        f"that are not beyond these say nothing of architectures.\n\n{table(head, lines)}\n"
+    )
+
+
 INTRODUCTION = """\
 Written by `python train/experiments.py --report`; what it says of numbers is computed from them.
 Models of the paper's structure, narrow ones without `--full`, are trained on the embedded scenes;
@@ -492,7 +525,8 @@ def write_report(out: Path, file: Path) -> Path:
     """Write the page and its pictures (in `images/` beside it).
 
     Args:
-        out: The grid's folder, with `results.jsonl` and `pictures/`.
+        out: The grid's folder, with `results.jsonl` and `pictures/`, and `repeats.jsonl` if rows
+            were run again on another machine.
         file: The page, `.md`.
 
     Raises:
@@ -528,6 +562,7 @@ def write_report(out: Path, file: Path) -> Path:
         "The paper's diagram places published models, and calls more pixels and more text harder; "
         "it measures nothing.",
         "## What the budget cannot tell",
+        repeated(results, read_results(out / REPEATS)),
         LIMITS,
     ]
     file.write_text(
