@@ -310,8 +310,6 @@ def test_other_settings_begin_anew(tmp_path) -> None:
     ],
 )
 def test_bad_input_is_refused(arguments: list[str], message: str, capsys) -> None:
-    import re
-
     with pytest.raises(SystemExit) as told:
         runner.main(arguments)
     assert re.search(message, f"{told.value}{capsys.readouterr().err}")
@@ -372,7 +370,8 @@ def test_a_runner_that_is_killed_goes_on_from_the_last_checkpoint(number, unbrok
     told = out.with_suffix(".log").read_text()
     continued = re.search(r"continuing from step (\d+)", told)
     assert continued is not None
-    assert int(continued[1]) >= 100  # a busy machine may have stopped it later than it was told
+    # A busy machine may have stopped it later than it was told to, not after its end.
+    assert 100 <= int(continued[1]) < 220
     assert "0 of 2 rows are done" in told
     assert found_in(out) == found_in(unbroken)
     assert len(found_in(out)) == 2

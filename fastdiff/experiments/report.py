@@ -30,6 +30,12 @@ TASK_TITLES = {
     "caption": "a caption",
     "pair": "two objects",
 }
+#: The experiments whose FIDs the page shows.
+TABLES = ("table3", "table4")
+#: What a row's numbers come from.
+MAKERS = ("commit", "torch", "machine", "threads")
+#: Rows that were run again elsewhere, lines as in `results.jsonl`.
+REPEATS = "repeats.jsonl"
 #: Number, heading, decimals, whether less is better.
 MEASURES = (
     ("val_loss", "validation loss", 4, True),
@@ -82,6 +88,15 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def between(mine: Sequence[Result], other: Sequence[Result], key: str) -> Number:
+    """Difference of a number over two rows' seeds; of losses on the same pictures and noise."""
+    if key != "val_loss":
+        return apart(*(over_seeds([r["numbers"][key] for r in rows]) for rows in (mine, other)))
+    seeds = {r["seed"]: r for r in other}
+    pairs = [(r, seeds[r["seed"]]) for r in mine if r["seed"] in seeds]
+    return over_seeds([difference(a["val_losses"], b["val_losses"]) for a, b in pairs])
+
+
 class Results:
     """Finished rows by experiment and name in the order of the grid, the newest of each seed."""
 
@@ -109,22 +124,16 @@ class Results:
 
     def change(self, experiment: str, name: str, base: str, key: str) -> Number:
         """Difference of a row to another; of losses on the same pictures with the same noise."""
-        mine, other = (self.by_name[experiment, x] for x in (name, base))
-        if key != "val_loss":
-            return apart(self.number(experiment, name, key), self.number(experiment, base, key))
-        seeds = {r["seed"]: r for r in other}
-        pairs = [(r, seeds[r["seed"]]) for r in mine if r["seed"] in seeds]
-        return over_seeds([difference(a["val_losses"], b["val_losses"]) for a, b in pairs])
+        return between(self.by_name[experiment, name], self.by_name[experiment, base], key)
 
 
 def samples(found: Mapping[str, Iterable[Number]]) -> str:
     """How many samples stand behind each number of a table, by its heading."""
-    counts = {
-        heading: sorted({int(number["n"]) for number in numbers})
+    counts = [
+        f"{heading} {' or '.join(str(n) for n in sorted({int(x['n']) for x in numbers}))}"
         for heading, numbers in found.items()
-    }
-    told = ", ".join(f"{heading} {' or '.join(map(str, n))}" for heading, n in counts.items())
-    return f"Samples of each number: {told}."
+    ]
+    return f"Samples of each number: {', '.join(counts)}."
 
 
 def ablation(results: Results, experiment: str, base: str) -> str:
@@ -198,7 +207,7 @@ def scatter(results: Results, file: Path) -> str:
     """Tables 3 and 4: our numbers over the paper's, a point a row."""
     from matplotlib.figure import Figure
 
-    tables = [one for one in ("table3", "table4") if results.names(one)]
+    tables = [one for one in TABLES if results.names(one)]
     if not tables:
         return ""
     figure = Figure(figsize=(11, 3.4 * len(tables)), layout="constrained")
@@ -419,10 +428,6 @@ def snapshots(results: Results, out: Path, file: Path) -> str:
     )
 
 
-MAKERS = ("commit", "torch", "machine", "threads")
-WITH_FID = ("table3", "table4")  # the page shows no other
-
-
 def origin(results: Results) -> str:
     """What made the numbers."""
     every = results.all
@@ -437,7 +442,7 @@ def origin(results: Results) -> str:
         {
             (min(r["side"], 32), r["extractor"], r["extractor_accuracy"])
             for r in every
-            if r["experiment"] in WITH_FID
+            if r["experiment"] in TABLES
         }
     )
     features = "; ".join(
@@ -457,10 +462,6 @@ def origin(results: Results) -> str:
     )
 
 
-#: Rows that were run again elsewhere, lines as in `results.jsonl`.
-REPEATS = "repeats.jsonl"
-
-
 def repeated(results: Results, repeats: Sequence[Result]) -> str:
     """What the same row and seed gives on another machine, where rounding alone differs."""
     first = {(r["row"], r["settings"]): r for r in results.all}
@@ -471,20 +472,15 @@ def repeated(results: Results, repeats: Sequence[Result]) -> str:
             continue
         line = [again["row"], f"{again['commit'][:7]}, {again['machine']}"]
         for key, _, decimals, _ in MEASURES:
-            if key == "val_loss":
-                change = difference(again["val_losses"], one["val_losses"])
-            elif key == "fid" and again["extractor"] != one["extractor"]:
-                line.append("other features")
-                continue
-            else:
-                change = apart(again["numbers"][key], one["numbers"][key])
-            line.append(told(change, decimals, sign=True))
+            comparable = key != "fid" or again["extractor"] == one["extractor"]
+            change = between([again], [one], key)
+            line.append(told(change, decimals, sign=True) if comparable else "other features")
         lines.append(line)
     if not lines:
         return ""
     head = ["row", "run again by", *(heading for _, heading, _, _ in MEASURES)]
     return (
-        "The same row with the same seed on another machine, as the difference to its line above. "
+        "The same row with the same seed on another machine, less the one in the table above. "
         "Rounding is all that differs, and training makes it larger: differences between rows "
         f"that are not beyond these say nothing of architectures.\n\n{table(head, lines)}\n"
     )
