@@ -17,6 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fastdiff_kernels import _replay
 
 Config = dict[str, int]
 
@@ -49,6 +52,8 @@ CHIPS = {
 
 _pretended: Chip | None = None
 _record: list[Launch] | None = None
+_stubbed = False
+_generation = 0
 _overrides: dict[tuple[str, str], Config] = {}
 _consulted: dict[tuple[str, str], Config] | None = None
 
@@ -62,6 +67,21 @@ class Launch:
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
+
+
+def watched() -> bool:
+    """True where each launcher must run: launches are recorded, or questions to the table are."""
+    return _record is not None or _consulted is not None
+
+
+def generation() -> int:
+    """Grows whenever the plans of launches change, so that what was kept of them is not used."""
+    return _generation
+
+
+def _forget() -> None:
+    global _generation
+    _generation += 1
 
 
 def chip(device: torch.device) -> Chip:
@@ -88,10 +108,12 @@ def pretend(what: Chip) -> Iterator[None]:
     """Plan launches for this chip, whatever the machine has."""
     global _pretended
     before, _pretended = _pretended, what
+    _forget()
     try:
         yield
     finally:
         _pretended = before
+        _forget()
 
 
 @contextlib.contextmanager
@@ -120,10 +142,30 @@ def consulting() -> Iterator[dict[tuple[str, str], Config]]:
 def override(kernel: str, key: str, config: Config) -> Iterator[None]:
     """Use this configuration for a kernel and key; what `benchmarks.tune` tries them with."""
     _overrides[kernel, key] = config
+    _forget()
     try:
         yield
     finally:
         del _overrides[kernel, key]
+        _forget()
+
+
+@contextlib.contextmanager
+def stubbed() -> Iterator[None]:
+    """Take CPU tensors: the driver in place launches nothing (`benchmarks.stub_driver`)."""
+    global _stubbed
+    before, _stubbed = _stubbed, True
+    _forget()
+    try:
+        yield
+    finally:
+        _stubbed = before
+        _forget()
+
+
+def takes_cpu() -> bool:
+    """True inside `stubbed`."""
+    return _stubbed
 
 
 def planning() -> bool:
@@ -182,13 +224,24 @@ def launch(
         _record.append(Launch(kernel, grid, arguments, num_warps, num_stages))
         return
     device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        guard: Any = torch.cuda.device(device)
-    else:
-        guard = contextlib.nullcontext()
-    with guard:
-        # Fused multiply-add is asked for: Triton is about to change its default.
-        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+    # Fused multiply-add is asked for: Triton is about to change its default.
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    trace = _replay.recorder()
+    with contextlib.ExitStack() as around:
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            around.enter_context(torch.cuda.device(device))
+        if trace is not None:
+            around.enter_context(_disable_current_modes())
+        compiled = kernel[grid](**arguments, **options)
+    if trace is not None:
+        from fastdiff_kernels import _bound
+
+        ordered = {name: arguments[name] for name in kernel.arg_names}
+        if compiled is None:
+            bound = _bound.interpreted(kernel, grid, options, ordered)
+        else:
+            bound = _bound.bind(compiled, grid)
+        trace.launched(bound, list(ordered.values()))
 
 
 def cdiv(a: int, b: int) -> int:
