@@ -53,7 +53,11 @@ MAY_IMPORT = {
 
 # Optional package: the only files of the two packages and of train/ that import it.
 HOME = {
-    "triton": {"kernels/fastdiff_kernels/*/triton_kernels.py", "kernels/fastdiff_kernels/_jit.py"},
+    "triton": {
+        "kernels/fastdiff_kernels/*/triton_kernels.py",
+        "kernels/fastdiff_kernels/_bound.py",
+        "kernels/fastdiff_kernels/_jit.py",
+    },
     "deepspeed": {"fastdiff/training/engine.py"},
     "transformers": {
         "fastdiff/text.py",

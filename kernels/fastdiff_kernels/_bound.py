@@ -46,7 +46,7 @@ def bind(compiled: Any, grid: tuple[int, ...]) -> Bound:
             launcher(x, y, z, stream, function, metadata, None, None, None, *args)
 
         return by_triton
-    # Past CudaLauncher.__call__, 3 us of Python that allocate scratch memory, of which there is none.
+    # Past CudaLauncher.__call__: 3 us of Python for scratch memory, which these kernels lack.
     launch, cooperative, pdl = (
         launcher.launch,
         launcher.launch_cooperative_grid,

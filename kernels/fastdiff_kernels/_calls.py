@@ -22,6 +22,7 @@ from fastdiff_kernels import _launch
 _MOST = 1024  # kinds of calls of an op; beyond, all are forgotten
 
 _state = threading.local()
+_enabled = True
 
 # (again, differentiable, arguments, results) of the kernels that a call ran; see `_kernel.kernel`.
 Again = Callable[[bool, tuple[Any, ...], dict[str, Any]], None]
@@ -36,7 +37,8 @@ def kind(asked: str, args: Sequence[Any]) -> tuple[Any, ...] | None:
         args: of the call.
     """
     if (
-        is_in_torch_dispatch_mode()
+        not _enabled
+        or is_in_torch_dispatch_mode()
         or torch._C._are_functorch_transforms_active()
         or _launch.watched()
     ):
@@ -66,10 +68,22 @@ def kind(asked: str, args: Sequence[Any]) -> tuple[Any, ...] | None:
 
 
 @contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Check and plan every call, as if its kind was new; process-wide. For tests and benchmarks."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+@contextlib.contextmanager
 def noting() -> Iterator[Noted]:
     """Collect the kernels that calls in this thread run."""
     before = getattr(_state, "noted", None)
-    _state.noted = noted = []
+    noted: Noted = []
+    _state.noted = noted
     try:
         yield noted
     finally:
@@ -97,9 +111,7 @@ class Known:
     def get(self, key: tuple[Any, ...] | None) -> Callable[..., Any] | None:
         return self._calls.get(key) if key is not None else None
 
-    def learn(
-        self, key: tuple[Any, ...], noted: Noted, args: Sequence[Any], results: Any
-    ) -> None:
+    def learn(self, key: tuple[Any, ...], noted: Noted, args: Sequence[Any], results: Any) -> None:
         """Keep the one kernel that a call came down to, if it did.
 
         Args:

@@ -211,7 +211,7 @@ def kernel(
     torch.library.register_autograd(backward_operator, refuse)
 
     class Function(torch.autograd.Function):
-        """Takes a `_Memo`, or None for a kind of call seen for the first time, then the arguments."""
+        """Takes a `_Memo` (None for a kind of call that is new), then the arguments."""
 
         @staticmethod
         def forward(ctx: Any, memo: _Memo | None, *args: Any) -> Any:
@@ -278,15 +278,25 @@ def kernel(
             names["apply"] = super(torch.autograd.Function, Function).apply
             return
 
-        def first(*args: Any) -> Any:
-            # Results that nobody sees become parts of the workspace.
-            results, replay = _replay.trace(plain, args)
-            names["run"] = plain if replay is None else replay
-            return results
-
-        names |= {"run": first, "plain": plain, "MISS": _replay.MISS}
+        replayed(plain, names)  # results that nobody sees become parts of the workspace
 
     return call
+
+
+def replayed(plain: Callable[..., Any], names: dict[str, Any]) -> None:
+    """Put run(*args) among the names: `plain`, traced when it is called and replayed from then on.
+
+    Args:
+        plain: takes tensors and constants of one kind; returns tensors.
+        names: gets `run`; `MISS`, which it returns where it did nothing; and `plain`.
+    """
+
+    def first(*args: Any) -> Any:
+        results, replay = _replay.trace(plain, args)
+        names["run"] = plain if replay is None else replay
+        return results
+
+    names |= {"run": first, "plain": plain, "MISS": _replay.MISS}
 
 
 class _Memo:

@@ -233,15 +233,23 @@ def launch(
         if trace is not None:
             around.enter_context(_disable_current_modes())
         compiled = kernel[grid](**arguments, **options)
-    if trace is not None:
-        from fastdiff_kernels import _bound
+        if trace is not None:
+            ordered = {name: arguments[name] for name in kernel.arg_names}
+            trace.launched(_bind(kernel, compiled, grid, options, ordered), ordered.values())
 
-        ordered = {name: arguments[name] for name in kernel.arg_names}
-        if compiled is None:
-            bound = _bound.interpreted(kernel, grid, options, ordered)
-        else:
-            bound = _bound.bind(compiled, grid)
-        trace.launched(bound, list(ordered.values()))
+
+def _bind(
+    kernel: Any,
+    compiled: Any,
+    grid: tuple[int, ...],
+    options: dict[str, Any],
+    arguments: dict[str, Any],
+) -> Any:
+    from fastdiff_kernels import _bound  # it imports triton
+
+    if compiled is None:
+        return _bound.interpreted(kernel, grid, options, arguments)
+    return _bound.bind(compiled, grid)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from fastdiff_kernels import _calls, _launch
-from fastdiff_kernels._kernel import _define, kernel
+from fastdiff_kernels._kernel import kernel
 
-__all__ = ["BACKENDS", "Explanation", "Op", "_define", "backend", "explain", "kernel", "stand_in"]
+__all__ = ["BACKENDS", "Explanation", "Op", "backend", "explain", "kernel", "stand_in"]
 
 BACKENDS = ("auto", "reference", "native", "triton")
 

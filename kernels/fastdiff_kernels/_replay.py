@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,9 @@ _ALLOCATIONS = {
     "aten::new_empty",
     "aten::new_empty_strided",
 }
+
+# What PyTorch hands the caller of an operator under a dispatch mode is such an alias of its result.
+_SAME = {"aten::detach", "aten::alias", "aten::lift_fresh"}
 
 _current = threading.local()
 
@@ -94,6 +97,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, args: Sequence[Any]) -> None:
         super().__init__()
         self.values: dict[int, _Value] = {}
+        self.kept: list[Any] = []  # so that no other tensor gets the identity of one seen
         self.steps: list[_Step] = []
         self.opaque = ""
         for place, arg in enumerate(args):
@@ -123,6 +127,10 @@ class _Recorder(TorchDispatchMode):
     def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         name = func._schema.name + (f".{func._schema.overload_name}").rstrip(".")
         flat, spec = tree_flatten((args, kwargs))
+        self.kept.append((flat, out))
+        if name in _SAME and self._known(args[0]).argument is None:
+            self.values[id(out)] = self._known(args[0])
+            return
         step = _Step(func)
         if name in _ALLOCATIONS:
             step.function = None
@@ -147,7 +155,7 @@ class _Recorder(TorchDispatchMode):
                 return value.base
         return None
 
-    def launched(self, bound: Any, arguments: Sequence[Any]) -> None:
+    def launched(self, bound: Any, arguments: Iterable[Any]) -> None:
         """Note a launch: its function, and the kernel's arguments in their order."""
         try:
             inputs = [self._known(item) for item in arguments]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from fastdiff_kernels import _register
+from fastdiff_kernels import _calls, _kernel, _register
 from fastdiff_kernels.philox_normal import reference
 
 _WORD = 1 << 32
@@ -64,21 +64,27 @@ def operator(name: str, dtype: torch.dtype, fill: Callable[..., None]) -> Any:
         fill: takes (result, contiguous seeds, step, stream).
     """
 
-    def empty(seeds: Tensor, step: Tensor, shape: list[int], stream: int) -> Tensor:
+    def empty(seeds: Tensor, step: Tensor, shape: Sequence[int], stream: int) -> Tensor:
         return seeds.new_empty((seeds.shape[0], *shape), dtype=dtype)
 
-    def call(seeds: Tensor, step: Tensor, shape: list[int], stream: int) -> Tensor:
+    def call(seeds: Tensor, step: Tensor, shape: Sequence[int], stream: int) -> Tensor:
         result = empty(seeds, step, shape, stream)
         fill(result, seeds.contiguous(), step, stream)
         return result
 
     schema = f"{name}(Tensor seeds, Tensor step, SymInt[] shape, int stream) -> (Tensor y)"
-    traced = _register._define(schema, name, call, empty)
+    traced = _kernel._define(schema, name, call, empty)
+
+    def again(differentiable: bool, args: Any, names: dict[str, Any]) -> None:
+        _kernel.replayed(call, names)
 
     def choose(seeds: Tensor, step: Tensor, shape: tuple[int, ...], stream: int) -> Tensor:
         compiling = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-        by = traced if compiling or type(seeds) is not Tensor else call
-        return cast(Tensor, by(seeds, step, list(shape), stream))
+        if compiling or type(seeds) is not Tensor:
+            return cast(Tensor, traced(seeds, step, list(shape), stream))
+        result = call(seeds, step, shape, stream)
+        _calls.note(again, False, (seeds, step, shape, stream), result)
+        return result
 
     return choose
 
