@@ -69,8 +69,9 @@ def kernel(
         forward: takes (results, *arguments) and fills every result.
         backward: takes (gradients, *gradients of the returned results, *saved, *arguments that are
             no tensors). `gradients` has one tensor to fill for each tensor argument in order, or
-            None for one that needs no gradient, which should cost nothing. A result that was
-            not used has the gradient None; the others come with any strides.
+            None for one that needs no gradient, which should cost nothing; they are contiguous,
+            those of channels_last images channels_last. A result that was not used has the
+            gradient None; the others come with any strides.
         saves: arguments and results, by name, that backward reads.
         grad_like: for a tensor argument that is not saved, the saved name that has its shape, dtype
             and memory format.
@@ -113,7 +114,7 @@ def kernel(
     # `rest` is (gradients of the returned results, saved, constants), as `backward` takes them.
     def empty_gradients(rest: Sequence[Any], needs: Sequence[bool]) -> list[Tensor | None]:
         return [
-            torch.empty_like(rest[returned + at]) if need else None
+            _gradient_like(rest[returned + at]) if need else None
             for at, need in zip(model_at, needs, strict=True)
         ]
 
@@ -345,6 +346,13 @@ class _Memo:
             return made
         made = replay(*grads, *saved)
         return self._gradients(needs, *grads, *saved) if made is _replay.MISS else made
+
+
+def _gradient_like(tensor: Tensor) -> Tensor:
+    """To be filled with its gradient: whatever the tensor's strides, kernels write whole rows."""
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.empty_like(tensor)
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _define(schema: str, name: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> Any:

@@ -40,6 +40,11 @@ class Chip:
     shared: int
     l2: int
 
+    @property
+    def pdl(self) -> bool:
+        """It has programmatic dependent launch."""
+        return self.family in ("sm_90", "sm_100")
+
 
 # For compiling and planning where there is no GPU.
 CHIPS = {
@@ -67,6 +72,7 @@ class Launch:
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
+    launch_pdl: bool = False
 
 
 def watched() -> bool:
@@ -207,7 +213,13 @@ def _table() -> dict[str, dict[str, dict[str, Config]]]:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *, num_warps: int, num_stages: int = 2, **arguments: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *,
+    num_warps: int,
+    num_stages: int = 2,
+    launch_pdl: bool = False,
+    **arguments: Any,
 ) -> None:
     """Launch a kernel on the device of its first tensor; nothing for an empty grid.
 
@@ -216,16 +228,20 @@ def launch(
         grid: programs along up to three axes.
         num_warps: warps of a program.
         num_stages: depth of software pipelining.
+        launch_pdl: programmatic dependent launch: the kernel may start before the one in front of
+            it has ended, and waits for that by `gdc_wait`. Only where `Chip.pdl`.
         arguments: the kernel's own, all by name. None is a constant.
     """
     if 0 in grid:
         return
     if _record is not None:
-        _record.append(Launch(kernel, grid, arguments, num_warps, num_stages))
+        _record.append(Launch(kernel, grid, arguments, num_warps, num_stages, launch_pdl))
         return
     device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
     # Fused multiply-add is asked for: Triton is about to change its default.
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if launch_pdl:
+        options["launch_pdl"] = True
     trace = _replay.recorder()
     with contextlib.ExitStack() as around:
         if device.type == "cuda" and device.index != torch.cuda.current_device():
