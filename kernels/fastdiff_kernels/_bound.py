@@ -38,11 +38,12 @@ def bind(compiled: Any, grid: tuple[int, ...]) -> Bound:
         compiled: what `kernel[grid](...)` returned.
         grid: programs along up to three axes.
     """
+    # A kernel that nobody holds is unloaded, so each of the functions does.
     x, y, z = (*grid, 1, 1)[:3]
     launcher, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     if not _plain(launcher):
 
-        def by_triton(stream: int, args: Sequence[Any]) -> None:
+        def by_triton(stream: int, args: Sequence[Any], kernel: Any = compiled) -> None:
             launcher(x, y, z, stream, function, metadata, None, None, None, *args)
 
         return by_triton
@@ -55,7 +56,7 @@ def bind(compiled: Any, grid: tuple[int, ...]) -> Bound:
     if hasattr(launcher, "kernel_signature"):  # triton 3.7 and later
         types, signature = launcher.arg_annotations, launcher.kernel_signature
 
-        def bound(stream: int, args: Sequence[Any]) -> None:
+        def bound(stream: int, args: Sequence[Any], kernel: Any = compiled) -> None:
             launch(
                 *(x, y, z, stream, function, cooperative, pdl, metadata, None, None, None, None),
                 *(None, types, signature, args),
@@ -63,7 +64,7 @@ def bind(compiled: Any, grid: tuple[int, ...]) -> Bound:
 
     else:
 
-        def bound(stream: int, args: Sequence[Any]) -> None:
+        def bound(stream: int, args: Sequence[Any], kernel: Any = compiled) -> None:
             launch(
                 *(x, y, z, stream, function, cooperative, pdl, None, None, metadata),
                 *(None, None, None, *args),

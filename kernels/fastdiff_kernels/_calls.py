@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastdiff_kernels import _launch
 
-_MOST = 1024  # kinds of calls of an op; beyond, all are forgotten
+MOST = 1024  # kinds of calls of an op; beyond, all are forgotten
 
 _state = threading.local()
 _enabled = True
@@ -159,7 +159,7 @@ class Known:
         body = "\n    ".join(lines)
         source = f"def call({parameters}):\n    {body}\n"
         exec(compile(source, "<fastdiff call>", "exec"), names)
-        if len(self._calls) >= _MOST:
+        if len(self._calls) >= MOST:
             self._calls.clear()
         self._calls[key] = names["call"]
 

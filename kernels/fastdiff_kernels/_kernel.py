@@ -131,6 +131,8 @@ def kernel(
         *rest, needs = args
         return pack(run_backward(rest, needs), rest)
 
+    impl, backward_impl = Replayed(impl), Replayed(backward_impl)
+
     def backward_fake(*args: Any) -> Any:
         *rest, needs = args
         return pack(empty_gradients(rest, needs), rest)
@@ -298,6 +300,31 @@ def replayed(plain: Callable[..., Any], names: dict[str, Any]) -> None:
         return results
 
     names |= {"run": first, "plain": plain, "MISS": _replay.MISS}
+
+
+class Replayed:
+    """A function of tensors and constants, traced when a kind of call comes a second time."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._replays: dict[Any, Callable[..., Any] | None] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        key = _calls.kind("", [tuple(a) if type(a) is list else a for a in args])
+        if key is None:
+            return self._function(*args)
+        if key not in self._replays:
+            if len(self._replays) >= _calls.MOST:
+                self._replays.clear()
+            self._replays[key] = None
+            return self._function(*args)
+        replay = self._replays[key]
+        if replay is None:
+            results, replay = _replay.trace(self._function, args)
+            self._replays[key] = replay or self._function
+            return results
+        results = replay(*args)
+        return self._function(*args) if results is _replay.MISS else results
 
 
 class _Memo:

@@ -73,7 +73,7 @@ def operator(name: str, dtype: torch.dtype, fill: Callable[..., None]) -> Any:
         return result
 
     schema = f"{name}(Tensor seeds, Tensor step, SymInt[] shape, int stream) -> (Tensor y)"
-    traced = _kernel._define(schema, name, call, empty)
+    traced = _kernel._define(schema, name, _kernel.Replayed(call), empty)
 
     def again(differentiable: bool, args: Any, names: dict[str, Any]) -> None:
         _kernel.replayed(call, names)

@@ -338,3 +338,15 @@ def test_noise(monkeypatch):
                 plain = philox_normal(seeds, step, (5, 3))
             assert torch.equal(philox_normal(seeds, step, (5, 3)), plain)
     assert counts == {"traced": 1, "made": 1}
+
+
+@each_call
+def test_operators_of_compiled_models_are_replayed(name, monkeypatch):
+    call, sizes = CALLS[name]
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    results_of(compiled, draw(sizes), 0)  # compiles
+    with counting(monkeypatch) as counts:
+        for seed in range(4):
+            inputs = draw(sizes)
+            assert same(results_of(compiled, inputs, seed), expected(call, inputs, seed)), seed
+    assert counts["made"] == (2 if BACKEND == "triton" else 0)
