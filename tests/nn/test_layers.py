@@ -452,3 +452,18 @@ def test_swin_block_shifts_its_second_layer():
     out = block(x, emb)
     assert reach(out[:, :, 4]) == list(range(8))
     assert reach(out[:, :, 0]) == [0, 1, 2, 3]
+
+
+def test_the_rearrange_first_head_copies_once():
+    """The norm takes all tokens as they lie; what is copied is its output, into channels_last."""
+    layer = randomized(RearrangeFirstHead(16, 2, 3))
+    x = torch.randn(2, 1 + 12, 16)
+    with Launches() as seen, torch.no_grad():
+        layer(x, (3, 4), 1)
+    assert seen.names.count("clone") == 1
+    taken = []
+    layer.norm.register_forward_hook(lambda module, args, out: taken.append(args[0]))
+    layer.conv.register_forward_hook(lambda module, args, out: taken.append(args[0]))
+    layer(x, (3, 4), 1)
+    assert taken[0].is_contiguous()
+    assert taken[1].is_contiguous(memory_format=torch.channels_last)
