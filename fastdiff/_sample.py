@@ -229,7 +229,8 @@ def _load(arguments: argparse.Namespace, device: Any) -> _Source:
         raise ValueError(
             f"{arguments.model} is no folder and no preset; `fastdiff info '*'` lists these"
         )
-    channels_last_(model)
+    if device.type == "cuda":
+        channels_last_(model)
     process = DiffusionProcess(
         schedule(arguments.schedule or "linear"), arguments.prediction or "eps"
     )

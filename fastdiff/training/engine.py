@@ -25,6 +25,8 @@ from fastdiff.training.shares import SavedState, Share, part, restore, whole
 BANDS = 4  # of diffusion time, equally wide
 # Rank 0 draws sample grids while the others wait for it.
 TIMEOUT = timedelta(minutes=10)
+# Devices on which convolutions want their weights so, where no wrapper needs contiguous ones.
+CHANNELS_LAST = {"cuda"}
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -256,7 +258,7 @@ class PlainEngine(_Ranks):
     """Float32 weights, whole on each rank; narrower types by autocast where asked.
 
     Under a launcher (ZeRO 0) gradients are averaged by DistributedDataParallel. Convolution weights
-    are channels_last.
+    are channels_last on a GPU.
 
     Args:
         recipe: The run's.
@@ -270,7 +272,9 @@ class PlainEngine(_Ranks):
             self.rank = torch.distributed.get_rank()
             self.world = torch.distributed.get_world_size()
         self.device = device
-        self.learner = channels_last_(learner.to(device))
+        self.learner = learner.to(device)
+        if device.type in CHANNELS_LAST:
+            channels_last_(learner)
         self.recipe = recipe
         self.optimizer = make_optimizer(recipe, learner, device)
         self.parameters = [p for p in learner.parameters() if p.requires_grad]
