@@ -331,6 +331,13 @@ def convolution_backward_flops(
     return 2 * math.prod(dy) * math.prod(weight[1:]) * sum(more[-1][:2])
 
 
+def addmm_flops(
+    out: Sequence[int], a: Sequence[int], b: Sequence[int], *more: Any, out_shape: Any = None
+) -> int:
+    """A product that adds to what is there: torch's counter knows the one out of place alone."""
+    return 2 * math.prod(a) * b[-1]
+
+
 def measured(
     one: Entrant, jobs: Mapping[str, Job], arguments: tuple[Any, ...], device: torch.device
 ) -> Row:
@@ -338,6 +345,7 @@ def measured(
     row: Row = {"library": one.library, "parameters": parameters(one.module)}
     # The plain ops do the same products, and attend by functions that torch's counter knows.
     right = {torch.ops.aten.convolution_backward: convolution_backward_flops}
+    right |= {torch.ops.aten.addmm_: addmm_flops}
     with rivals.plain(), FlopCounterMode(display=False, custom_mapping=right) as counter:
         out = one.module(*arguments)
         row["forward_flops"] = counter.get_total_flops()

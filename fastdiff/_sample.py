@@ -214,6 +214,7 @@ def _load(arguments: argparse.Namespace, device: Any) -> _Source:
         return _load_run(arguments, folder, device)
     from fastdiff.diffusion import DiffusionProcess, schedule
     from fastdiff.models import PRESETS, create_model, from_pretrained
+    from fastdiff.nn import channels_last_
     from fastdiff.text import SmallTextEncoder, T5TextEncoder
 
     if folder.is_dir():
@@ -228,6 +229,8 @@ def _load(arguments: argparse.Namespace, device: Any) -> _Source:
         raise ValueError(
             f"{arguments.model} is no folder and no preset; `fastdiff info '*'` lists these"
         )
+    if device.type == "cuda":
+        channels_last_(model)
     process = DiffusionProcess(
         schedule(arguments.schedule or "linear"), arguments.prediction or "eps"
     )

@@ -401,7 +401,7 @@ _FREE = {
 # What these write, they do not read first.
 _OVERWRITE = {"copy_", "fill_", "zero_", "normal_", "uniform_"}
 _KINDS = {
-    "matrix product": {"mm", "addmm", "bmm", "baddbmm"},
+    "matrix product": {"mm", "addmm", "addmm_", "bmm", "baddbmm"},
     "convolution": {"convolution", "convolution_backward"},
     "copy": {"clone", "_to_copy", "copy_", "cat", "constant_pad_nd", "roll"},
     "resampling": {
@@ -444,7 +444,7 @@ def _tensors(values: Any) -> list[Tensor]:
 def _flops(name: str, args: Sequence[Any], out: Any) -> float:
     if name in ("mm", "bmm"):
         return 2 * out.numel() * args[0].shape[-1]
-    if name in ("addmm", "baddbmm"):
+    if name in ("addmm", "addmm_", "baddbmm"):
         return 2 * out.numel() * args[1].shape[-1]
     if name == "convolution":
         return 2 * out.numel() * math.prod(args[1].shape[1:])

@@ -25,6 +25,7 @@ from fastdiff.nn.embedding import (
 )
 from fastdiff.nn.feedforward import FFN, MLP, DWConvFFN
 from fastdiff.nn.heads import HEADS, LinearFirstHead, RearrangeFirstHead
+from fastdiff.nn.layout import channels_last_, contiguous_
 from fastdiff.nn.norms import GroupNormSiLU, LayerNorm
 from fastdiff.nn.resample import PatchExpanding, PatchMerging
 from fastdiff.nn.resblock import ResBlock
@@ -64,6 +65,8 @@ __all__ = [
     "TimeEmbedding",
     "WindowAttention",
     "as_timesteps",
+    "channels_last_",
+    "contiguous_",
     "set_attention",
     "timestep_embedding",
 ]

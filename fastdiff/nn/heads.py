@@ -11,6 +11,13 @@ from torch import Tensor, nn
 from fastdiff.nn.norms import LayerNorm
 
 
+def to_image(x: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """(B, h w, p p C) to (B, C, h p, w p), channels_last: one copy, a pixel's channels together."""
+    h, w = grid
+    x = rearrange(x, "b (h w) (p q c) -> b (h p) (w q) c", h=h, w=w, p=patch, q=patch)
+    return x.permute(0, 3, 1, 2)
+
+
 class RearrangeFirstHead(nn.Module):
     """LayerNorm, rearrange D -> (D/p^2, H, W), conv 3x3 to the output channels.
 
@@ -37,10 +44,8 @@ class RearrangeFirstHead(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
         """(B, P + h w, D) to (B, C, h p, w p)."""
-        x, _ = self.norm(x[:, prefix:])
-        p = self.patch_size
-        x = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=p, q=p)
-        return self.conv(x)
+        x, _ = self.norm(x)  # of all tokens: a slice of them would be copied first
+        return self.conv(to_image(x[:, prefix:], grid, self.patch_size))
 
 
 class LinearFirstHead(nn.Module):
@@ -64,10 +69,7 @@ class LinearFirstHead(nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
         """(B, P + h w, D) to (B, C, h p, w p)."""
         x, _ = self.norm(x)
-        x = self.linear(x)[:, prefix:]
-        p = self.patch_size
-        x = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=p, q=p)
-        return self.conv(x)
+        return self.conv(to_image(self.linear(x)[:, prefix:], grid, self.patch_size))
 
 
 HEADS = {"rearrange_first": RearrangeFirstHead, "linear_first": LinearFirstHead}

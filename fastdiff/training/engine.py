@@ -18,12 +18,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastdiff.nn import channels_last_, contiguous_
 from fastdiff.training.config import Recipe
 from fastdiff.training.shares import SavedState, Share, part, restore, whole
 
 BANDS = 4  # of diffusion time, equally wide
 # Rank 0 draws sample grids while the others wait for it.
 TIMEOUT = timedelta(minutes=10)
+# Devices on which convolutions want their weights so, where no wrapper needs contiguous ones.
+CHANNELS_LAST = {"cuda"}
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -135,7 +138,8 @@ class _Ranks:
         for share in self.shares:
             buffer = torch.zeros(math.prod(share.shape), device=self.device)
             if len(share.weight):
-                buffer[share.start : share.start + len(share.weight)] = values[share.name]
+                mine = share.indexed(values[share.name]).flatten()
+                buffer[share.start : share.start + len(mine)] = mine
             if self.world > 1 and everywhere:
                 torch.distributed.all_reduce(buffer)
             elif self.world > 1:
@@ -253,7 +257,8 @@ def under_launcher() -> bool:
 class PlainEngine(_Ranks):
     """Float32 weights, whole on each rank; narrower types by autocast where asked.
 
-    Under a launcher (ZeRO 0) gradients are averaged by DistributedDataParallel.
+    Under a launcher (ZeRO 0) gradients are averaged by DistributedDataParallel. Convolution weights
+    are channels_last on a GPU.
 
     Args:
         recipe: The run's.
@@ -268,6 +273,8 @@ class PlainEngine(_Ranks):
             self.world = torch.distributed.get_world_size()
         self.device = device
         self.learner = learner.to(device)
+        if device.type in CHANNELS_LAST:
+            channels_last_(learner)
         self.recipe = recipe
         self.optimizer = make_optimizer(recipe, learner, device)
         self.parameters = [p for p in learner.parameters() if p.requires_grad]
@@ -369,6 +376,8 @@ def deepspeed_config(recipe: Recipe, world: int) -> dict[str, Any]:
 class DeepSpeedEngine(_Ranks):
     """DeepSpeed with ZeRO 1, 2 or 3 on the ranks of its launcher (or of torchrun).
 
+    It lays all weights side by side in one tensor, contiguous each.
+
     Args:
         recipe: The run's.
         learner: Maps a micro-batch to its losses (B,).
@@ -384,7 +393,7 @@ class DeepSpeedEngine(_Ranks):
         self.recipe = recipe
         self.rank = torch.distributed.get_rank()
         self.world = torch.distributed.get_world_size()
-        self.learner = learner.to(device)
+        self.learner = contiguous_(learner.to(device))
         self.optimizer = make_optimizer(recipe, learner, device)
         trained = [(n, p) for n, p in learner.named_parameters() if p.requires_grad]
         exact = {n: p.detach().flatten().to("cpu", copy=True) for n, p in trained}

@@ -335,7 +335,10 @@ class Trainer:
         )
         writer.commit()
         snapshot = Snapshot(
-            tensors={name: value.detach().to("cpu", copy=True) for name, value in tensors.items()},
+            tensors={
+                name: value.detach().to("cpu", copy=True).flatten()
+                for name, value in tensors.items()
+            },
             starts={share.name: share.start for share in shares},
             shapes={share.name: share.shape for share in shares},
             updates=updates_of(shares, optimizer),
@@ -382,7 +385,7 @@ class Trainer:
         self.engine.load(saved, manifest.get("scaler") or {})
         for share in self.engine.shares:
             if self.ema is not None and len(share.weight):
-                saved.read(AVERAGE, share.name, share.start, self.ema.shadows[share.name])
+                share.read(saved, AVERAGE, self.ema.shadows[share.name])
         self.step, self.images = int(manifest["step"]), int(manifest["images"])
         self.bad_before = manifest.get("bad") or None
         self.writer.saved = step_of(checkpoint)

@@ -1,16 +1,17 @@
 """Shares: what one rank holds of the float32 weights, of Adam's moments and of the average.
 
-A share of a parameter is a run of its elements in the order of memory. One process has one share of
-each, the whole; ZeRO cuts where it likes, also through the middle of a parameter. A checkpoint is
-each rank's shares with their first elements' numbers, so any number of ranks, under any ZeRO stage
-or none, reads back the shares that it holds itself.
+A share of a parameter is a run of its elements in the order of indices. One process has one share
+of each, the whole; ZeRO cuts where it likes, also through the middle of a parameter. A checkpoint
+is each rank's shares with their first elements' numbers, so any number of ranks, under any ZeRO
+stage or none, reads back the shares that it holds itself.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ class Share:
         weight: (N,) float32, a view of the weights that the optimiser steps; N may be 0.
         flat: The optimiser's own tensor, under which it keeps its state.
         offset: Where the run begins in `flat`.
+        channels_last: The parameter's memory format. The run is then whole output channels, each in
+            the order of memory; so are moments and average. `indexed` and `read` translate.
     """
 
     name: str
@@ -40,34 +43,70 @@ class Share:
     weight: Tensor
     flat: Tensor
     offset: int
+    channels_last: bool = False
+
+    def indexed(self, values: Tensor) -> Tensor:
+        """A view of this share's (N,) in the order of indices; in channels_last (n, C, kh, kw)."""
+        if not self.channels_last:
+            return values
+        _, C, height, width = self.shape
+        channels = len(values) // (C * height * width)
+        return values.view(channels, height, width, C).permute(0, 3, 1, 2)
+
+    def read(self, saved: SavedState, kind: str, out: Tensor) -> None:
+        """Copy this share of a checkpoint's tensor into `out` (N,)."""
+        if not self.channels_last:
+            saved.read(kind, self.name, self.start, out)
+            return
+        values = torch.empty(len(out))
+        saved.read(kind, self.name, self.start, values)
+        with torch.no_grad():
+            to = self.indexed(out)
+            to.copy_(values.view(to.shape))
 
     def moment(self, optimizer: torch.optim.Optimizer, key: str) -> Tensor | None:
         """(N,) view of a moment; None before the first update."""
         state = optimizer.state.get(self.flat)
         if not state:
             return None
-        moment: Tensor = state[key].view(-1)
+        moment = _in_memory(state[key], self.channels_last)
         return moment.narrow(0, self.offset, len(self.weight))
 
 
 def whole(name: str, parameter: Tensor) -> Share:
     """The share of a process that holds all of a parameter."""
-    values = parameter.detach().view(-1)
-    return Share(name, tuple(parameter.shape), 0, values, parameter, 0)
+    last = _is_channels_last(parameter)
+    values = _in_memory(parameter.detach(), last)
+    return Share(name, tuple(parameter.shape), 0, values, parameter, 0, last)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    if tensor.dim() != 4 or tensor.is_contiguous():
+        return False
+    return tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def _in_memory(tensor: Tensor, channels_last: bool) -> Tensor:
+    """A view of all elements, (N,), in the order of memory."""
+    return (tensor.permute(0, 2, 3, 1) if channels_last else tensor).view(-1)
 
 
 def part(share: Share, rank: int, world: int) -> Share:
-    """The rank's part of a whole share, of equal length for all ranks but the last."""
+    """The rank's part of a whole share, of equal length for all ranks but the last ones."""
     count = len(share.weight)
-    length = -(-count // world)
+    # In channels_last whole output channels: those are runs in memory and by index alike.
+    unit = math.prod(share.shape[1:]) if share.channels_last else 1
+    length = -(-count // (world * unit)) * unit
     start, stop = min(rank * length, count), min((rank + 1) * length, count)
-    return Share(share.name, share.shape, start, share.weight[start:stop], share.flat, start)
+    return replace(share, start=start, weight=share.weight[start:stop], offset=start)
 
 
 def tensors_of(
     shares: Iterable[Share], optimizer: torch.optim.Optimizer, averages: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What a rank writes: "weight/NAME", "exp_avg/NAME", "exp_avg_sq/NAME", "ema/NAME"; views.
+    """What a rank writes: "weight/NAME", "exp_avg/NAME", "exp_avg_sq/NAME", "ema/NAME".
+
+    They are views, in the order of indices once they are flat.
 
     Args:
         shares: The rank's; empty ones are left out.
@@ -78,13 +117,13 @@ def tensors_of(
     for share in shares:
         if not len(share.weight):
             continue
-        tensors[f"{WEIGHT}/{share.name}"] = share.weight
+        tensors[f"{WEIGHT}/{share.name}"] = share.indexed(share.weight)
         if share.name in averages:
-            tensors[f"{EMA}/{share.name}"] = averages[share.name]
+            tensors[f"{EMA}/{share.name}"] = share.indexed(averages[share.name])
         for key in MOMENTS:
             moment = share.moment(optimizer, key)
             if moment is not None:
-                tensors[f"{key}/{share.name}"] = moment
+                tensors[f"{key}/{share.name}"] = share.indexed(moment)
     return tensors
 
 
@@ -98,7 +137,7 @@ def restore(shares: Iterable[Share], optimizer: torch.optim.Optimizer, saved: Sa
     """Read weights and moments of a checkpoint into shares."""
     fused = bool(optimizer.param_groups[0].get("fused"))
     for share in shares:
-        saved.read(WEIGHT, share.name, share.start, share.weight)
+        share.read(saved, WEIGHT, share.weight)
         if (MOMENTS[0], share.name) not in saved or not len(share.weight):
             continue
         if not optimizer.state[share.flat]:
@@ -111,7 +150,7 @@ def restore(shares: Iterable[Share], optimizer: torch.optim.Optimizer, saved: Sa
         for key in MOMENTS:
             moment = share.moment(optimizer, key)
             assert moment is not None, "it was made above"
-            saved.read(key, share.name, share.start, moment)
+            share.read(saved, key, moment)
 
 
 def write_state(

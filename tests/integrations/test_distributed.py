@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastdiff.models import ASCEND, ASCENDConfig, IUViT, IUViTConfig, UNet, UNetConfig
-from fastdiff.nn import Checkpointed
+from fastdiff.nn import Checkpointed, channels_last_, contiguous_
 
 TEXT = {"context_dim": 8, "num_classes": 3, "image_size": 16}
 LEVELS = {
@@ -44,7 +44,12 @@ def fsdp2(model: nn.Module) -> nn.Module:
     return fully_shard(model)
 
 
-WRAPPERS = {"ddp": ddp, "fsdp2": fsdp2}
+WRAPPERS = {
+    "ddp": ddp,
+    "fsdp2": fsdp2,
+    "ddp, channels_last": lambda model: ddp(channels_last_(model)),
+    "fsdp2, contiguous again": lambda model: fsdp2(contiguous_(channels_last_(model))),
+}
 
 
 def step(model: nn.Module, rows: slice) -> None:
@@ -76,6 +81,8 @@ def worker(rank: int, store: str) -> None:
             nn.init.normal_(p, std=0.1)
         start = copy.deepcopy(alone)
         step(alone, slice(None))
+        with pytest.raises(NotImplementedError, match="non-contiguous"):
+            fsdp2(channels_last_(copy.deepcopy(start)))
         for kind, wrap in WRAPPERS.items():
             model = copy.deepcopy(start)
             step(wrap(model), rows)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff.nn import (
     MHCA,
@@ -24,6 +25,7 @@ from fastdiff.nn import (
     PositionEmbedding,
     RearrangeFirstHead,
     ResBlock,
+    SkipConnection,
     SkipLinear,
     SpatialAttention,
     SwinBlock,
@@ -164,6 +166,97 @@ def test_skip_linear_reads_a_skip_as_if_concatenated():
     layer = randomized(SkipLinear(10, 4))
     x, skip = torch.randn(2, 3, 6), torch.randn(2, 3, 4)
     close(layer(x, skip), F.linear(torch.cat([x, skip], -1), layer.weight, layer.bias))
+
+
+class Launches(TorchDispatchMode):
+    """Names of the operators that compute or copy, in order; views are left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aliases = [r.alias_info for r in func._schema.returns]
+        if all(a is None or a.is_write for a in aliases) and "view" not in func.name():
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def skips(dtype=torch.float32):
+    """Each layer of two inputs, its inputs, and its definition by a concatenation."""
+    last = torch.channels_last
+    image = [torch.randn(2, c, 3, 5, dtype=dtype).to(memory_format=last) for c in (6, 4)]
+    rows = [torch.randn(2, 3, c, dtype=dtype) for c in (6, 4)]
+    return {
+        "linear": (
+            SkipLinear(10, 4),
+            rows,
+            lambda m, x, s: nn.Linear.forward(m, torch.cat([x, s], -1)),
+        ),
+        "image": (
+            SkipConnection(10, 4),
+            image,
+            lambda m, x, s: nn.Conv2d.forward(m, torch.cat([x, s], 1)),
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", ["linear", "image"])
+def test_a_second_input_accumulates_without_an_addition(kind):
+    layer, inputs, exact = skips()[kind]
+    randomized(layer)
+    with Launches() as seen, torch.no_grad():
+        y = layer(*inputs)
+    assert seen.names == ["addmm", "addmm"]
+    y2 = layer(*inputs)
+    close(y, exact(layer, *inputs))
+    assert torch.equal(y, y2)
+    if kind == "image":
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        close(layer(*(t.contiguous() for t in inputs)), y)
+    inputs = [t.requires_grad_() for t in inputs]
+    dy = torch.randn_like(y)
+    with Launches() as seen:
+        layer(*inputs).backward(dy)
+    # the two products of each direction, the bias and the weight's halves side by side
+    assert sorted(set(seen.names)) == ["addmm", "addmm_", "cat", "mm", "sum"]
+    mine = [t.grad for t in (*inputs, *layer.parameters())]
+    expected = torch.autograd.grad(exact(layer, *inputs), (*inputs, *layer.parameters()), dy)
+    for a, b in zip(mine, expected, strict=True):
+        close(a, b)
+    assert all(p.grad.stride() == p.stride() for p in layer.parameters())
+    layer.double()
+    doubles = [t.detach().double().requires_grad_() for t in inputs]
+    assert torch.autograd.gradcheck(layer, doubles)
+    assert torch.autograd.gradgradcheck(layer, doubles)
+
+
+@pytest.mark.parametrize("kind", ["linear", "image"])
+def test_a_second_input_under_autocast_and_in_other_places(kind):
+    layer, inputs, exact = skips()[kind]
+    randomized(layer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, expected = layer(*inputs), exact(layer, *inputs)
+        mixed = layer(inputs[0].bfloat16(), inputs[1])
+    assert y.dtype is expected.dtype is torch.bfloat16
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(mixed, y)
+    y.sum().backward()
+    assert layer.weight.grad.dtype is torch.float32
+    with pytest.raises(RuntimeError):  # without autocast no dtype is changed unasked
+        layer(inputs[0], inputs[1].bfloat16())
+    meta = layer.to("meta")
+    assert meta(*(t.to("meta") for t in inputs)).shape == y.shape
+
+
+@pytest.mark.parametrize("kind", ["linear", "image"])
+def test_a_second_input_compiles_to_one_graph(kind):
+    torch._dynamo.reset()
+    layer, inputs, _ = skips()[kind]
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    close(compiled(*inputs), layer(*inputs))
+    with torch.no_grad():
+        close(compiled(*inputs), layer(*inputs))
 
 
 def test_patch_merging_and_expanding():
@@ -359,3 +452,18 @@ def test_swin_block_shifts_its_second_layer():
     out = block(x, emb)
     assert reach(out[:, :, 4]) == list(range(8))
     assert reach(out[:, :, 0]) == [0, 1, 2, 3]
+
+
+def test_the_rearrange_first_head_copies_once():
+    """The norm takes all tokens as they lie; what is copied is its output, into channels_last."""
+    layer = randomized(RearrangeFirstHead(16, 2, 3))
+    x = torch.randn(2, 1 + 12, 16)
+    with Launches() as seen, torch.no_grad():
+        layer(x, (3, 4), 1)
+    assert seen.names.count("clone") == 1
+    taken = []
+    layer.norm.register_forward_hook(lambda module, args, out: taken.append(args[0]))
+    layer.conv.register_forward_hook(lambda module, args, out: taken.append(args[0]))
+    layer(x, (3, 4), 1)
+    assert taken[0].is_contiguous()
+    assert taken[1].is_contiguous(memory_format=torch.channels_last)

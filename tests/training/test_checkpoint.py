@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from tiny import tiny_recipe
+from tiny import ASCEND, tiny_recipe
 
 from fastdiff.data import scenes
 from fastdiff.training import checkpoint as checkpoints
+from fastdiff.training import engine as engines
 from fastdiff.training.checkpoint import (
     CheckpointWriter,
     Progress,
@@ -35,7 +36,7 @@ from fastdiff.training.checkpoint import (
 )
 from fastdiff.training.config import Recipe, save
 from fastdiff.training.lock import RunLock
-from fastdiff.training.loop import Trainer, train
+from fastdiff.training.loop import Trainer, make_trainer, train
 
 ALONE = Ranks(0, 1, lambda value: [value])
 
@@ -74,6 +75,7 @@ KILL = """
 import os, sys
 from pathlib import Path
 from fastdiff.training import checkpoint as checkpoints
+from fastdiff.training import engine as engines
 from fastdiff.training.config import load
 import test_checkpoint as test
 
@@ -177,7 +179,7 @@ def test_the_newest_and_every_nth_are_kept(tmp_path):
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     trainer = Trainer(tiny_recipe(tmp_path, checkpoint_every=2), 0, 1, torch.device("cpu"))
     slow, write_state = threading.Event(), checkpoints.write_state
-    weights = {share.name: share.weight for share in trainer.engine.shares}
+    weights = {share.name: share.indexed(share.weight) for share in trainer.engine.shares}
     then: dict[str, torch.Tensor] = {}
 
     def waiting(*args):
@@ -208,7 +210,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     )
     again.run()
     saved = open_state(run / "checkpoints" / "step-00000002")
-    assert all(torch.equal(saved.full("weight", n).view(-1), value) for n, value in then.items())
+    assert all(
+        torch.equal(saved.full("weight", n).view(-1), value.flatten()) for n, value in then.items()
+    )
 
 
 @pytest.fixture
@@ -365,3 +369,26 @@ def test_kill_9_changes_no_bit(number, steps, kills, tmp_path):
     assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
     assert read_manifest(latest_checkpoint(tmp_path / "killed"))["step"] == steps
     assert ranks.losses(whole) == ranks.losses(tmp_path / "killed")
+
+
+@pytest.mark.parametrize("first", ["channels_last", "contiguous"])
+def test_a_run_goes_on_with_weights_in_the_other_memory_format(tmp_path, monkeypatch, first):
+    def trainer(last, steps):
+        monkeypatch.setattr(engines, "CHANNELS_LAST", {"cpu"} if last else set())
+        made = make_trainer(tiny_recipe(tmp_path, model=ASCEND, max_steps=steps))
+        formats = [p.is_contiguous() for p in made.engine.learner.parameters()]
+        assert all(formats) != last
+        return made
+
+    one = trainer(first == "channels_last", 4)
+    one.run()
+    other = trainer(first != "channels_last", 8)
+    for values in (
+        lambda t: {s.name: s.weight for s in t.engine.shares},
+        lambda t: t.ema.state_dict(),
+        lambda t: {s.name: s.moment(t.engine.optimizer, "exp_avg") for s in t.engine.shares},
+    ):
+        before, after = (t.engine.whole(values(t)) for t in (one, other))
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    other.run()
+    assert other.step == 8

@@ -358,9 +358,56 @@ def test_ffn_keeps_half_of_what_separate_ops_keep(prefix, dtype):
     assert eager >= 0.95 * tokens * (D + 3 * C)
     assert got <= tokens * (D + C) + 40 * C
     assert got <= 0.5 * eager
-    # Beside low-precision activations, the float32 weights' casts are not kept either.
+    # Beside low-precision activations, the casts of the Linears' float32 weights and nothing else:
+    # autocast keeps those of any Linear, and backward would make them a second time.
     mixed = [inputs[0], *(t.detach().float().requires_grad_() for t in inputs[1:])]
-    assert saved_bytes(ffn_on((H, W), prefix), *mixed) == got
+    casts = 0 if dtype is torch.float32 else 2 * C * D * dtype.itemsize
+    assert saved_bytes(ffn_on((H, W), prefix), *mixed) == got + casts
+
+
+LOW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+
+
+def mixed_ffn(dtype: torch.dtype, D=16, C=48) -> list[Tensor]:
+    x, *weights = (t.to(DEVICE).requires_grad_() for t in make_ffn((4, 3), 1, D, C))
+    return [x.detach().to(dtype).requires_grad_(), *weights]
+
+
+@LOW
+def test_float32_weights_are_cast_once_for_both_directions(dtype):
+    inputs = mixed_ffn(dtype)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        ffn_on((4, 3), 1)(*inputs).sum().backward()
+    copies = [e.input_shapes[0] for e in profile.events() if e.name == "aten::copy_"]
+    for weight in inputs[1], inputs[5]:
+        assert copies.count(list(weight.shape)) == 1
+
+
+@LOW
+def test_gradients_of_float32_parameters_are_not_rounded_to_low_precision(dtype):
+    inputs = mixed_ffn(dtype)
+    ffn_on((4, 3), 1)(*inputs).float().square().sum().backward()
+    for position, t in enumerate(inputs[1:], start=1):
+        if position in (1, 5) and importlib.import_module(
+            "fastdiff_kernels.dwconv_ffn.ffn"
+        )._rounds(t.device):
+            continue
+        assert t.grad.dtype is torch.float32
+        assert (t.grad == t.grad.to(dtype).float()).float().mean() < 0.2, position
+
+
+@LOW
+@pytest.mark.parametrize("rows", [0, 5, 5000])
+def test_product_of_low_precision_is_rounded_once(dtype, rows):
+    ffn = importlib.import_module("fastdiff_kernels.dwconv_ffn.ffn")
+    a, b = (torch.randn(rows, n, device=DEVICE).to(dtype) for n in (24, 40))
+    exact = a.double().t() @ b.double()
+    for out in (torch.empty(24, 40), torch.empty(40, 24).t()):
+        out = out.to(DEVICE).fill_(torch.nan)
+        ffn._product(a.t(), b, out)
+        unit = UNIT[dtype if ffn._rounds(out.device) else torch.float32]
+        error = (out - exact).square().mean().sqrt() if rows else out.abs().max()
+        assert error <= 16 * unit * (exact.square().mean().sqrt() if rows else 0)
 
 
 def test_gelu_keeps_z_alone():
