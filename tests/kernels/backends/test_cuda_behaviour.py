@@ -204,7 +204,7 @@ def test_an_empty_batch(case):
 def test_the_ffn_holds_half_of_the_memory_of_separate_ops(dtype):
     import torch.nn.functional as F
 
-    size = (16, 16, 16, 512) if DEVICE == "cuda" else (2, 4, 3, 32)
+    size = (16, 16, 16, 512) if DEVICE == "cuda" else (8, 4, 4, 32)  # the float32 taps count little
     B, H, W, D = size
     C = 4 * D
     shapes = [(B, H * W, D), (C, D), (C,), (C, 1, 3, 3), (C,), (D, C), (D,)]
