@@ -20,6 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Two processes share the two cores of a small machine.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 INTERPRET := TRITON_INTERPRET=1
+ANYPY = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(PY)),$(PYTHON),python3),$(PYTHON))
 # A named step that tells its time: $(call step,name,command)
 step = @echo "== $(1)"; start=$$SECONDS; \
   if $(2); then echo "== $(1): $$((SECONDS - start)) s"; \
@@ -36,7 +37,7 @@ demo-ascend: $(STAMP)  ## the same job with a small ASCEND
 
 ##@ Check
 
-.PHONY: test test-full test-gpu lint types layout unit interpreter aot sanitize
+.PHONY: test test-full test-gpu memcheck lint types layout unit interpreter aot sanitize
 test: $(STAMP)  ## what CI runs first: lint, types, layout, unit tests, the Triton kernels without a GPU
 	@$(MAKE) --no-print-directory lint types layout
 	@$(MAKE) --no-print-directory unit
@@ -51,8 +52,13 @@ test-full: $(STAMP)  ## `make test`, and the slow tests
 	@$(MAKE) --no-print-directory sanitize
 	$(call step,ahead-of-time compile of everything,$(PY) -m benchmarks.aot_report --full)
 
-test-gpu: $(STAMP)  ## the Triton kernels' tests on this machine's GPU
-	$(call step,Triton kernels on the GPU,$(PY) -m pytest tests/kernels/backends)
+# On a machine with a GPU as one finds it, perhaps without a package index: with the python that
+# PYTHON names, else with .venv where it is there. TEST and MEMCHECK hold further arguments.
+test-gpu:  ## the Triton kernels' tests on this machine's GPU
+	@PYTHONPATH=.:kernels $(ANYPY) tests/run_on_gpu.py $(TEST)
+
+memcheck:  ## every op on this machine's GPU under compute-sanitizer
+	@PYTHONPATH=.:kernels $(ANYPY) tests/kernels/memcheck.py $(MEMCHECK)
 
 lint: $(STAMP)  ## ruff and clang-format
 	$(call step,lint,$(PY) -m ruff check . && $(PY) -m ruff format --check . \

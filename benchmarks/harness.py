@@ -36,6 +36,7 @@ from torch import Tensor
 
 from fastdiff._show_config import processor_name
 from fastdiff.ops import backend
+from fastdiff_kernels import _numerics
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -381,7 +382,7 @@ def saved_bytes(job: Job, leave_out: Iterable[Tensor] = ()) -> int:
     return sum(kept.values())
 
 
-UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9}
+UNIT, rms = _numerics.UNIT, _numerics.rms
 
 
 def as_tuple(results: Any) -> tuple[Tensor, ...]:
@@ -441,10 +442,7 @@ def cudnn(*, enabled: bool, benchmark: bool) -> Iterator[None]:
 def check(
     call: Call, inputs: Sequence[Tensor | None], dys: Sequence[Tensor], truth: Sequence[Any]
 ) -> float:
-    """Hold our call to the numerics rule, values and every gradient.
-
-    RMS error against float64 at most 1.5 times that of the reference in the call's dtype plus
-    u * RMS, and maximum error at most 2 times likewise.
+    """Hold our call to the numerics rule (`fastdiff_kernels._numerics`), values and every gradient.
 
     Args:
         call: takes the inputs; made on the back end in force, and on the reference.
@@ -461,31 +459,10 @@ def check(
     got = values_and_gradients(call, inputs, dys)
     with backend("reference"):
         plain = values_and_gradients(call, inputs, dys)
-    worst = 0.0
-    for index, (mine, eager, true) in enumerate(zip(got, plain, truth, strict=True)):
-        if (mine is None) != (eager is None):
-            raise Refused(f"tensor {index}: a gradient is missing")
-        if mine is None or eager is None or mine.numel() == 0:
-            continue
-        if mine.dtype is not eager.dtype or mine.shape != eager.shape:
-            raise Refused(f"tensor {index}: {mine.dtype} {tuple(mine.shape)}")
-        if not mine.isfinite().all():
-            raise Refused(f"tensor {index} of {len(got)} is not finite")
-        error, usual = (mine.double() - true).abs(), (eager.double() - true).abs()
-        for name, size, factor in (("RMS", rms, 1.5), ("maximum", torch.max, 2.0)):
-            allowed = factor * size(usual) + UNIT[mine.dtype] * size(true.abs())
-            ratio = float(size(error) / allowed) if allowed > 0 else float(error.max() > 0)
-            worst = max(worst, ratio)
-            if not ratio <= 1:
-                raise Refused(
-                    f"tensor {index} of {len(got)}: {name} error {float(size(error)):.3g} is "
-                    f"{ratio:.2f} times what is allowed"
-                )
-    return worst
-
-
-def rms(tensor: Tensor) -> Tensor:
-    return tensor.square().mean().sqrt()
+    try:
+        return _numerics.check(got, plain, truth)
+    except AssertionError as error:
+        raise Refused(str(error)) from None
 
 
 def check_rival(got: Sequence[Any], truth: Sequence[Any], allowed: float = 0.1) -> None:

@@ -225,7 +225,7 @@ def test_the_rule_passes_the_definition(op: str) -> None:
         (lambda y: torch.where(torch.arange(y.numel()).view_as(y) == 7, 3.0, y), "tensor 0 of 3"),
         (lambda y: torch.where(torch.arange(y.numel()).view_as(y) == 7, torch.nan, y), "finite"),
         (lambda y: y + (0.5 * y - (0.5 * y).detach()), r"tensor [12] of 3: RMS error"),
-        (lambda y: y.bfloat16(), "tensor 0: torch.bfloat16"),
+        (lambda y: y.bfloat16(), "tensor 0 of 3 is torch.bfloat16"),
     ],
 )
 def test_the_rule_refuses_a_wrong_result(spoil: harness.Call, message: str) -> None:

@@ -1,10 +1,4 @@
-"""What a back end is held to: the numerics rule, and the checks every op's test makes.
-
-`eager` is the op's reference in the dtype of the call, `exact` the same in float64 on the same
-rounded inputs. For each result and each gradient: RMS error <= 1.5 times eager's + u * RMS(exact),
-and maximum error <= 2 times eager's + u * maximum, u = 2^-24, 2^-12, 2^-9 for float32, float16,
-bfloat16.
-"""
+"""The back end under test, and the checks every op's test makes; the rule is in `_numerics`."""
 
 from __future__ import annotations
 
@@ -14,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastdiff_kernels import backend
+from fastdiff_kernels import _numerics, backend
+from fastdiff_kernels._numerics import UNIT
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not _INTERPRETED else "cpu"
@@ -23,8 +18,6 @@ BACKEND = os.environ.get("FASTDIFF_TEST_BACKEND") or (
 )
 if BACKEND == "native":
     DEVICE = "cpu"
-
-UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9}
 
 DTYPES = tuple(UNIT)
 
@@ -52,7 +45,7 @@ def check_numerics(
     keep: Sequence[int] = (),
     draws: int = 1,
 ) -> None:
-    """Hold a call to the numerics rule of the module, values and every gradient.
+    """Hold a call to the numerics rule (`_numerics`), values and every gradient.
 
     Args:
         call: takes the inputs; made on the back end under test, and on the reference.
@@ -83,24 +76,7 @@ def check_numerics(
             reference = run(call, rounded, dys), run(call, exact, dys)
         runs.append((run(call, rounded, dys), *reference))
     got, eager, truth = map(_together, zip(*runs, strict=True))
-    for index, (mine, plain, true) in enumerate(zip(got, eager, truth, strict=True)):
-        assert (mine is None) == (plain is None), index
-        if mine is None or plain is None or true is None:
-            continue
-        assert mine.dtype is plain.dtype, index
-        assert mine.shape == plain.shape, index
-        assert mine.isfinite().all() or not plain.isfinite().all(), index
-        if mine.numel() == 0:
-            continue
-        unit = UNIT[mine.dtype]
-        error, error_eager = (mine.double() - true).abs(), (plain.double() - true).abs()
-        for measure, factor in ((_rms, 1.5), (torch.max, 2.0)):
-            allowed = factor * measure(error_eager) + unit * measure(true.abs())
-            ratio = (measure(error) / allowed).item() if allowed > 0 else float(error.max() > 0)
-            assert ratio <= 1, (
-                f"tensor {index} of {len(got)}: {measure.__name__} error {measure(error):.3g} is "
-                f"{ratio:.2f} times the {allowed:.3g} allowed (eager: {measure(error_eager):.3g})"
-            )
+    _numerics.check(got, eager, truth)
 
 
 def _together(draws: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
@@ -109,10 +85,6 @@ def _together(draws: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
         None if same[0] is None else torch.stack(same)  # type: ignore[arg-type]
         for same in zip(*draws, strict=True)
     ]
-
-
-def _rms(tensor: Tensor) -> Tensor:
-    return tensor.square().mean().sqrt()
 
 
 def check_repeats(call: Call, inputs: Sequence[Tensor | None]) -> None:
