@@ -371,6 +371,27 @@ def host(name: str, context: Context) -> Row:
     return {"host": json.loads(file.read_text(encoding="utf-8"))}
 
 
+# Tuning
+
+
+def tuning_items(context: Context) -> list[str]:
+    from . import tuning  # imports triton
+
+    return tuning.items(context.device, context.given, context.dry)
+
+
+def compile_candidates(name: str, context: Context) -> Row:
+    from . import tuning
+
+    return tuning.compile_all(name, context.device, context.given, context.dry)
+
+
+def tune(name: str, context: Context) -> Row:
+    from . import tuning
+
+    return tuning.tune(name, context.device, context.given, context.dry)
+
+
 TASKS: dict[str, Task] = {
     "check": Task(every_op, check),
     "ceilings": Task(lambda context: [CEILINGS], ceilings),
@@ -400,6 +421,9 @@ TASKS: dict[str, Task] = {
         lambda name, context: training.run(name, context.device, context.dry, context.given),
     ),
     "rest": Task(rest, race),
+    # Of `benchmarks.tune`.
+    "tune-compile": Task(tuning_items, compile_candidates),
+    "tune": Task(tuning_items, tune),
 }
 STATED = ("rivals", "blocks", "ascend", "train ascend", "train iuvit", "ceilings")
 
@@ -438,7 +462,7 @@ def worker(step: str, work: Path, events: Path, dry: bool, also: Sequence[str], 
     Everything is imported and the GPU's context made before the parent lets it begin.
     """
     device = torch.device("cpu" if dry else "cuda")
-    if step == "warm":
+    if step in ("warm", "tune-compile"):
         os.nice(5)  # the tests come first
     if gpu and not dry:
         torch.zeros(1, device=device)
