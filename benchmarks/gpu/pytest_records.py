@@ -83,8 +83,10 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     _outcome.clear()
     _write(begin=item.nodeid)
     alarm.start()
-    yield
+    outcome = yield  # type: ignore[misc]
     alarm.cancel()
+    if isinstance(outcome.exception, KeyboardInterrupt):
+        return  # stopped from outside: it has no end
     _write(end=item.nodeid, **{"outcome": "error", "text": "", **_outcome})
 
 

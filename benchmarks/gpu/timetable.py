@@ -8,7 +8,7 @@ one begins.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 CLOSING = 8.0  # seconds at the end for the last files and the summary
 
@@ -115,6 +115,13 @@ def plan(steps: Sequence[Step], seconds: float) -> tuple[list[Slot], list[Step]]
             slots.append(Slot(step, *starts[main]))
     names = {slot.step.name for slot in slots}
     return slots, [step for step in steps if step.name not in names]
+
+
+def stretched(step: Step, factor: float) -> Step:
+    """The same with more time."""
+    return replace(
+        step, seconds=factor * step.seconds, least=factor * step.least, cap=factor * step.cap
+    )
 
 
 def order_list(slots: Sequence[Slot], dropped: Sequence[tuple[Step, str]]) -> list[str]:

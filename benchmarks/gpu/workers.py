@@ -58,6 +58,7 @@ class Process:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                bufsize=0,
             )
 
     @property
@@ -69,7 +70,7 @@ class Process:
         if self.process.stdin is not None:
             with contextlib.suppress(OSError):
                 self.process.stdin.write(b"go\n")
-                self.process.stdin.close()
+            self.process.stdin.close()
 
     def ended(self) -> bool:
         return self.process.poll() is not None
@@ -89,8 +90,7 @@ class Process:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)  # what it started and left
         if self.process.stdin is not None:
-            with contextlib.suppress(OSError):
-                self.process.stdin.close()
+            self.process.stdin.close()
         return self.process.poll() or 0
 
 
@@ -160,6 +160,7 @@ class Worker:
         work = {**self.given, "items": left, "until": self.until}
         self.work.write_text(json.dumps(work), encoding="utf-8")
         if self.process is None or self.process.ended():
+            self.stop()  # what the last one left
             self.prepare()
         assert self.process is not None
         self.since = time.time()
