@@ -40,7 +40,8 @@ from .gpu.workers import ROOT, Event, Process, StepRun, environment, python
 
 PREPARED = ROOT / "build" / "gpu-cache"
 ALSO = ("float32", "max-autotune", "models", "ascend-compiled")
-TESTS = ["tests/kernels/backends"]
+# Of these folders, those that there are.
+TESTS = ("tests/kernels/backends", "tests/kernels/cuda", "tests/kernels/gpu", "tests/cuda")
 # Interpreted, in seconds.
 DRY_TESTS = ["tests/kernels/backends/test_philox_normal_backend.py", "-k", "shape0 or shape1"]
 PATIENCE = 15.0  # seconds for the prepared cache
@@ -221,7 +222,8 @@ class Run:
         if dry:
             variables |= {"TRITON_INTERPRET": "1", "FASTDIFF_TEST_BACKEND": "triton"}
             variables |= {"CUDA_VISIBLE_DEVICES": ""}
-        paths = self.args.tests or (DRY_TESTS if dry else TESTS)
+        here = [path for path in TESTS if (ROOT / path).exists()]
+        paths = self.args.tests or (DRY_TESTS if dry else here)
         count = 2 if dry else processes()
         xdist = False if self.args.no_xdist else None
         return TestRun(paths, self.folder, count=count, xdist=xdist, variables=variables,
@@ -344,8 +346,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--cold", action="store_true", help="compile nothing beside the tests")
     made.add_argument("--no-xdist", action="store_true", help="share the tests out without xdist")
     made.add_argument("--dry", action="store_true", help="on the CPU, tiny: to try this script")
-    for hidden in ("--step", "--work", "--events", "--target"):
+    for hidden in ("--step", "--work", "--events"):
         made.add_argument(hidden, help=argparse.SUPPRESS)
+    made.add_argument("--target", action="append", help=argparse.SUPPRESS)
     made.add_argument("--cpu", action="store_true", help=argparse.SUPPRESS)
     return made
 
@@ -365,7 +368,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.target:
             return steps.target(args.target, args.dry, args.also)
         files = Path(args.work), Path(args.events)
-        return steps.worker(args.step, *files, args.dry, args.also, gpu=not args.cpu)
+        status = steps.worker(args.step, *files, args.dry, args.also, gpu=not args.cpu)
+        sys.stdout.flush()
+        os._exit(status)  # the next step waits: no time to take a context apart
     run = Run(args)
     run.prepare(run.slots[0].step)  # it imports torch while this process does
     if not args.dry and not gpu_is_here():

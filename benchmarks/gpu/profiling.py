@@ -29,7 +29,8 @@ SHOWN = {
     "Achieved Occupancy [%]": "occupancy",
     "Registers Per Thread [register/thread]": "registers",
 }
-COUNTED = 2  # kernels
+COUNTED, LAUNCHES = 2, 6  # kernels, and launches of both
+OURS = re.compile(r"\w+$")  # Triton's names; those of C++ have brackets and colons
 # Where no time is known: what reading the machine code points at.
 SUSPECTS = (("dwconv_gelu", "backward"), ("group_norm_silu", "forward"))
 
@@ -70,6 +71,8 @@ def profile(job: harness.Job, device: torch.device, calls: int) -> dict[str, tup
         us = event.self_device_time_total if gpu else event.self_cpu_time_total
         if on_gpu == gpu and us > 0:
             found[event.key] = (us / calls, event.count / calls)
+    if not found:
+        raise RuntimeError("the profiler saw no kernels")
     return found
 
 
@@ -95,16 +98,12 @@ def worst(given: Mapping[str, Any]) -> list[dict[str, str]]:
         mine = [
             row
             for row in given.get("kernels", [])
-            if (row["case"], row["direction"]) == (case, direction)
+            if (row["case"], row["direction"]) == (case, direction) and OURS.match(row["kernel"])
         ]
         if mine and len(found) < COUNTED:
             kernel = max(mine, key=lambda row: row["us"])["kernel"]
             found.setdefault(kernel, {"kernel": kernel, "case": case, "direction": direction})
     return list(found.values())
-
-
-def label(one: Mapping[str, str]) -> str:
-    return f"{one['kernel']} in {one['case']}"
 
 
 def profiler_path() -> str | None:
@@ -117,33 +116,35 @@ def profiler_path() -> str | None:
     return shutil.which("ncu") or next(iter(found), None)
 
 
-def command(tool: str, one: Mapping[str, str], *, dry: bool = False) -> list[str]:
-    """Nsight Compute over a few calls of a case. The clocks stay as they are."""
+def command(tool: str, kernels: Sequence[Mapping[str, str]], *, dry: bool = False) -> list[str]:
+    """Nsight Compute over the first launches of some kernels. The clocks stay as they are."""
     sections = [part for name in SECTIONS for part in ("--section", name)]
-    plain = re.sub(r"[^\w].*", "", one["kernel"])
+    names = "|".join(one["kernel"] for one in kernels)
+    cases = [part for one in kernels for part in ("--target", one["case"])]
     return [
         *(tool, "--clock-control", "none", "--target-processes", "all", "--csv"),
-        *("--page", "details", *sections, "--kernel-name", f"regex:^{plain}"),
-        *("--launch-skip", "1", "--launch-count", "2"),
-        *python("-m", "benchmarks.run_gpu", "--target", one["case"], *["--dry"] * dry),
+        *("--page", "details", *sections, "--kernel-name", f"regex:^({names})$"),
+        *("--launch-count", str(LAUNCHES)),
+        *python("-m", "benchmarks.run_gpu", *cases, *["--dry"] * dry),
     ]
 
 
-def counters(name: str, given: Mapping[str, Any], dry: bool) -> Row:
-    """Hardware counters of one kernel.
+def counters(given: Mapping[str, Any], dry: bool) -> Row:
+    """Hardware counters of the worst kernels, in one run of the profiler: its start is slow.
 
     Raises:
         RuntimeError: there is no profiler, or it printed no counters.
     """
-    one = next(one for one in worst(given) if label(one) == name)
+    kernels = worst(given)
     tool = profiler_path()
     if tool is None:
         raise RuntimeError("there is no ncu on this machine")
-    text = run_tool(command(tool, one, dry=dry), environment(), seconds=38.0)
+    text = run_tool(command(tool, kernels, dry=dry), environment(), seconds=45.0)
     found = parse(text)
     if not found:
         raise RuntimeError(f"ncu printed no counters: {harness.clean(text[-600:])}")
-    return {"counters": [{**one, **launch} for launch in found]}
+    known = {one["kernel"]: one for one in kernels}
+    return {"counters": [{**known.get(one["kernel"], {"case": ""}), **one} for one in found]}
 
 
 def run_tool(arguments: Sequence[str], variables: dict[str, str], *, seconds: float) -> str:
@@ -175,8 +176,8 @@ def parse(text: str) -> list[Row]:
         text: its output, with what the program printed before.
 
     Returns:
-        For each launch its id and grid, and "metrics": by name and unit the number, or the text
-        where it is none.
+        For each launch its kernel, id and grid, and "metrics": by name and unit the number, or the
+        text where it is none.
     """
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID",')), None)
@@ -189,7 +190,12 @@ def parse(text: str) -> list[Row]:
             continue  # a rule's advice, or what was printed behind the table
         launch = found.setdefault(
             row["ID"],
-            {"launch": int(row["ID"]), "grid": row.get("Grid Size", ""), "metrics": {}},
+            {
+                "kernel": row["Kernel Name"],
+                "launch": int(row["ID"]),
+                "grid": row.get("Grid Size", ""),
+                "metrics": {},
+            },
         )
         unit = row.get("Metric Unit") or ""
         launch["metrics"][f"{metric} [{unit}]" if unit else metric] = number(row["Metric Value"])

@@ -67,7 +67,7 @@ STEPS = (
         beside="tests",
         extra=True,
     ),
-    Step("rivals", "the nine goal ops against eager, torch.compile, Flex", 105, 40, 6, 40),
+    Step("rivals", "the nine goal ops against eager, torch.compile, Flex", 100, 40, 6, 40),
     Step(
         *("host", "time of a call on the host", 0, 0, 6, 100),
         beside="rivals",
@@ -78,7 +78,7 @@ STEPS = (
     Step("attention", "global attention by flash-attn and xformers", 10, 6, 11, 20),
     Step("ascend", "a step of ascend_t2i_128 against eager", 55, 35, 10, 75),
     Step("kernels", "time of each kernel, by torch.profiler", 15, 10, 5, 15),
-    Step("counters", "counters of the two worst kernels, by ncu", 28, 20, 8, 40, gpu=False),
+    Step("counters", "counters of the two worst kernels, by ncu", 33, 24, 8, 50, gpu=False),
     Step("train ascend", "a training step of ascend_t2i_128, eager and graph", 22, 16, 3, 45),
     Step("train iuvit", "a training step of iuvit_cifar10, eager and graph", 12, 10, 7, 45),
     Step("rest", "rivals of the other ops", 0, 0, 12, 40),
