@@ -135,7 +135,7 @@ PY312 = $(firstword $(foreach p,python3.12 $(wildcard $(HOME)/.pyenv/versions/3.
   $(if $(shell $(p) -c 'import venv, ensurepip' 2>&1 || echo no),,$(p))))
 BARE := "numpy<2.5" einops transformers pytest pytest-benchmark hypothesis triton==3.6.0
 py312:
-	@if [ -n "$$FASTDIFF_PY312" ]; then echo "== Python 3.12: $$FASTDIFF_PY312"; \
+	@if [ -n "$${FASTDIFF_PY312:-}" ]; then echo "== Python 3.12: $$FASTDIFF_PY312"; \
 	elif [ -n "$(PY312)" ]; then $(MAKE) --no-print-directory build/py312; \
 	else echo "== Python 3.12 is not here: tests that need it are skipped"; fi
 

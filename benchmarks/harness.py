@@ -426,7 +426,7 @@ def exact(
 @contextlib.contextmanager
 def no_tf32() -> Iterator[None]:
     """Products and convolutions of float32 in float32: cuDNN takes TF32 for them by default."""
-    flags = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    flags: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
     before = [flag.allow_tf32 for flag in flags]
     for flag in flags:
         flag.allow_tf32 = False

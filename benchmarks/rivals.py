@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -253,9 +254,8 @@ def group_norm_silu(
 
 @functools.cache
 def _apex_norm(groups: int, channels: int, eps: float, act: str) -> Any:
-    from apex.contrib.group_norm import GroupNorm
-
-    return GroupNorm(groups, channels, eps=eps, act=act)
+    apex = importlib.import_module("apex.contrib.group_norm")
+    return apex.GroupNorm(groups, channels, eps=eps, act=act)
 
 
 def group_norm_apex(

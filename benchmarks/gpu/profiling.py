@@ -41,13 +41,13 @@ def kernel_times(name: str, case: bench_ops.Case, device: torch.device, calls: i
     call, inputs = problem.ours, problem.inputs
     forward = profile(problem.forward(call, inputs), device, calls)
     both = profile(problem.both(call, inputs), device, calls)
-    found = []
+    found: list[Row] = []
     for direction, one, less in (("forward", forward, {}), ("backward", both, forward)):
         for kernel, (us, count) in one.items():
             before = less.get(kernel, (0.0, 0.0))
             us, count = us - before[0], count - before[1]
             if count > 0 and us > 0:
-                row = {"case": name, "direction": direction, "kernel": kernel, "us": us}
+                row: Row = {"case": name, "direction": direction, "kernel": kernel, "us": us}
                 found.append(row | {"launches": count})
     return {"kernels": sorted(found, key=lambda row: -row["us"])[:40]}
 

@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ _outcome: dict[str, Any] = {}
 
 
 @pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, None]:
     seconds = float(os.environ.get("FASTDIFF_TEST_SECONDS", "90"))
     late = {"end": item.nodeid, "outcome": "failed", "text": f"no end after {seconds:.0f} s"}
     alarm = threading.Timer(seconds, _leave, kwargs=late)
@@ -83,7 +83,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     _outcome.clear()
     _write(begin=item.nodeid)
     alarm.start()
-    outcome = yield  # type: ignore[misc]
+    outcome = yield
     alarm.cancel()
     if isinstance(outcome.exception, KeyboardInterrupt):
         return  # stopped from outside: it has no end
@@ -91,8 +91,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    report = (yield).get_result()  # type: ignore[misc]
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
+    report = (yield).get_result()
     if report.failed:
         kind = "failed" if report.when == "call" else "error"
         text = report.longreprtext[-3000:]

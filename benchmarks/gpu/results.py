@@ -20,6 +20,7 @@ Row = dict[str, Any]
 SUMMARY = 11_000
 LARGEST = 15 << 20  # bytes of a file
 LOG_HEAD, LOG_TAIL = 200_000, 800_000  # bytes of each log that are kept
+HEADER = ("case", "direction", "us", "floor", "best rival", "x", "goal")
 NAMED = 25  # failed tests in the summary
 
 
@@ -250,7 +251,9 @@ class Results:
         others = [row for row in self.rows if row.get("goal_share") is None]
         rows = [row for row in (*aimed, *others) if row["direction"] != "forward+backward"
                 or row.get("goal_share") is not None or "op" not in row]  # fmt: skip
-        cells = [("case", "direction", "us", "floor", "best rival", "x", "goal")]
+        cells: list[tuple[str, ...]] = [
+            ("case", "direction", "us", "floor", "best rival", "x", "goal")
+        ]
         cells += [row_cells(row) for row in rows]
         names = {row["case"] for row in self.rows}
         for name, verdict in self.checks.items():

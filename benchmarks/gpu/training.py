@@ -73,6 +73,7 @@ class Step:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=1e-4, betas=(0.9, 0.9999), fused=gpu or None, capturable=gpu
         )
+        self.weights: list[torch.Tensor] = list(self.parameters)
         self.average = [p.detach().float().clone() for p in self.parameters]
 
     def __call__(self) -> torch.Tensor:
@@ -89,7 +90,7 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            torch._foreach_lerp_(self.average, self.parameters, 1e-4)
+            torch._foreach_lerp_(self.average, self.weights, 1e-4)
         return loss.detach()
 
     def captured(self) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
@@ -157,7 +158,8 @@ def run(name: str, device: torch.device, dry: bool, given: Mapping[str, Any]) ->
 def timed(job: Callable[[], Any], device: torch.device, *, rounds: int, seconds: float) -> Timing:
     """Time of a call from its start until the GPU has done it, Python's included."""
     harness.synchronize(device)
-    started, samples = time.perf_counter(), []
+    samples: list[float] = []
+    started = time.perf_counter()
     while len(samples) < rounds and (len(samples) < 3 or time.perf_counter() - started < seconds):
         began = time.perf_counter()
         job()
