@@ -273,6 +273,8 @@ class Results:
     def endings(self) -> list[str]:
         """Training, counters, tests, failures: the lines below the table."""
         lines = [line for row in self.rows if (line := training_line(row))]
+        if self.host:
+            lines.append(host_line(self.host))
         if self.counters:
             from . import profiling
 
@@ -340,6 +342,18 @@ def training_line(row: Row) -> str:
         if key in row:
             parts.append(f"{key.replace('_', ' ')}: {row[key]}"[:90])
     return f"{row['case']}, {row['direction'].split(', ')[-1]}: {'; '.join(parts)}."
+
+
+def host_line(found: Any) -> str:
+    """What `bench_host` found, in one line."""
+    try:
+        ops = [
+            f"{row['case']} {row['host']['forward']:.1f} / {row['host']['both']:.1f}"
+            for row in found["rows"]
+        ]
+    except (KeyError, TypeError, ValueError):
+        return "Host time of a call: in the JSON file."
+    return f"Host us a call, forward / both directions: {', '.join(ops)}."
 
 
 def progress(event: Row) -> str:

@@ -547,6 +547,13 @@ def test_an_op_without_a_number_still_has_its_line(tmp_path: Path) -> None:
     assert any(line.split()[0] == "b" and "right, not timed" in line for line in lines)
 
 
+def test_host_time_stands_in_one_line() -> None:
+    found = {"rows": [{"case": "dwconv_gelu", "host": {"forward": 8.04, "both": 21.5}}]}
+    line = results.host_line(found)
+    assert line == "Host us a call, forward / both directions: dwconv_gelu 8.0 / 21.5."
+    assert "JSON" in results.host_line({"other": 1})
+
+
 def test_only_our_kernels_of_the_cache_count(tmp_path: Path) -> None:
     for name in ("A/__grp__dwconv_gelu_forward.json", "B/__grp__triton_poi_fused_0.json"):
         (tmp_path / name).parent.mkdir()
