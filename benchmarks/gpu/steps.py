@@ -263,7 +263,7 @@ def race(name: str, context: Context) -> Row:
     if name in op_cases(context):
         options = context.options(rounds=11, seconds=1.5)
         return {"rows": bench_ops.run_case(op_cases(context)[name], context.device, options)}
-    options = context.options(rounds=11, seconds=5.0)
+    options = context.options(rounds=7, seconds=3.0)
     return {"rows": bench_models.run_case(model_cases(context)[name], context.device, options)}
 
 
@@ -373,6 +373,19 @@ def host(name: str, context: Context) -> Row:
     return {"host": json.loads(file.read_text(encoding="utf-8"))}
 
 
+# Training
+
+TRAINED = {"train ascend": "ascend_t2i_128", "train iuvit": "iuvit_cifar10"}
+
+
+def train(preset: str) -> tuple[Items, Run]:
+    """Cases of a preset's training step, and what runs one."""
+    return (
+        lambda context: training.items(preset),
+        lambda name, context: training.run(name, context.device, context.dry, context.given),
+    )
+
+
 # Tuning
 
 
@@ -414,20 +427,13 @@ TASKS: dict[str, Task] = {
         lambda context: [COUNTERS] if profiling.worst(context.given) else [],
         lambda name, context: profiling.counters(context.given, context.dry),
     ),
-    "train ascend": Task(
-        lambda context: training.items("ascend_t2i_128"),
-        lambda name, context: training.run(name, context.device, context.dry, context.given),
-    ),
-    "train iuvit": Task(
-        lambda context: training.items("iuvit_cifar10"),
-        lambda name, context: training.run(name, context.device, context.dry, context.given),
-    ),
+    **{name: Task(*train(preset)) for name, preset in TRAINED.items()},
     "rest": Task(rest, race),
     # Of `benchmarks.tune`.
     "tune-compile": Task(tuning_items, compile_candidates),
     "tune": Task(tuning_items, tune),
 }
-STATED = ("rivals", "blocks", "ascend", "train ascend", "train iuvit", "ceilings")
+STATED = ("rivals", "blocks", "ascend", "ceilings", *TRAINED)
 
 
 def items_of(step: str, dry: bool, also: Sequence[str], given: Mapping[str, Any]) -> list[str]:
@@ -469,6 +475,8 @@ def worker(step: str, work: Path, events: Path, dry: bool, also: Sequence[str], 
         os.nice(5)  # the tests come first
     if gpu and not dry:
         torch.zeros(1, device=device)
+    if step in TRAINED:
+        training.count_ahead(TRAINED[step], device, dry)
     if not sys.stdin.readline():
         return 0  # the parent is gone
     given = json.loads(work.read_text(encoding="utf-8"))

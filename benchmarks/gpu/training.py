@@ -174,13 +174,7 @@ def counted(
     """MFU over both ceilings, and what `fastdiff plan` predicts; a part that fails is named."""
     found: Row = {}
     try:
-        with torch.device("meta"):
-            net, batch = made(preset, dry)
-        flops = sum(
-            call.flops
-            for call in roofline.count(net, batch, text=TEXT).calls
-            if not call.kind.startswith("optimizer")
-        )
+        flops = flops_of(preset, dry)
         found |= {"flops": flops, "tflops": flops / seconds / 1e12, "preset": preset}
         if product := given.get("ceilings", {}).get("product"):
             found["mfu_of_measured"] = flops / seconds / product
@@ -196,37 +190,71 @@ def counted(
     return found
 
 
-def planned(preset: str, dry: bool, device: torch.device) -> Row:
-    """GiB that stay and GiB of activations as `fastdiff plan` counts them, and its milliseconds."""
+@functools.cache
+def flops_of(preset: str, dry: bool) -> float:
+    """FLOPs of a forward and backward."""
+    with torch.device("meta"):
+        net, batch = made(preset, dry)
+    calls = roofline.count(net, batch, text=TEXT).calls
+    return sum(call.flops for call in calls if not call.kind.startswith("optimizer"))
+
+
+@functools.cache
+def activations_of(preset: str, dry: bool) -> tuple[float, int, int]:
+    """Bytes of activations as `fastdiff plan` counts them, parameters, and the batch."""
     from fastdiff.model_table import activation_bytes
 
     with torch.device("meta"):
         net, batch = made(preset, dry)
         parameters = sum(p.numel() for p in net.parameters())
-    activations = activation_bytes(net, batch, text=TEXT)
+    return activation_bytes(net, batch, text=TEXT), parameters, batch
+
+
+@functools.cache
+def milliseconds_of(preset: str, batch: int, card: str) -> float | None:
+    """Milliseconds of a step by `fastdiff plan` on one GPU, its text encoder left out."""
+    from fastdiff import plan
+
+    recipe = plan.open_recipe(preset)
+    train = dataclasses.replace(recipe.train, batch_size=batch, micro_batch=batch)
+    data = recipe.data
+    if recipe.model.context_dim is not None:
+        data = dataclasses.replace(data, embeddings="stored")
+    recipe = dataclasses.replace(recipe, train=train, data=data)
+    step = plan.plan(recipe, card, 1, tokens=TEXT).step
+    return None if step is None else 1e3 * step.seconds
+
+
+def card_of(name: str, memory: float) -> str | None:
+    """The name in `fastdiff.plan.GPUS` of a GPU with so many bytes."""
+    cards = (c for part, least, c in CARDS if part in name and memory / 1e9 >= least)
+    return next(cards, None)
+
+
+def card_here(device: torch.device, dry: bool) -> str | None:
+    if device.type != "cuda" or dry:
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return card_of(properties.name, properties.total_memory)
+
+
+def count_ahead(preset: str, device: torch.device, dry: bool) -> None:
+    """Count what takes seconds, while the process waits for its turn."""
+    for count in (flops_of, activations_of):
+        with contextlib.suppress(Exception):
+            count(preset, dry)
+    with contextlib.suppress(Exception):
+        planned(preset, dry, device)
+
+
+def planned(preset: str, dry: bool, device: torch.device) -> Row:
+    """GiB that stay and GiB of activations as `fastdiff plan` counts them, and its milliseconds."""
+    activations, parameters, batch = activations_of(preset, dry)
     found: Row = {"planned_activations_gib": activations / GIB}
     from fastdiff import plan  # needs Pillow, by way of the recipes
 
     held = plan.states(parameters, 1, 0)
     found["planned_gib"] = (held.total + activations) / GIB
-    if device.type == "cuda" and not dry:
-        properties = torch.cuda.get_device_properties(device)
-        card = next(
-            (
-                card
-                for part, least, card in CARDS
-                if part in properties.name and properties.total_memory / 1e9 >= least
-            ),
-            None,
-        )
-        if card is not None:
-            recipe = plan.open_recipe(preset)
-            train = dataclasses.replace(recipe.train, batch_size=batch, micro_batch=batch)
-            data = dataclasses.replace(recipe.data, embeddings="stored")
-            if recipe.model.context_dim is None:
-                data = recipe.data
-            recipe = dataclasses.replace(recipe, train=train, data=data)
-            expected = plan.plan(recipe, card, 1, tokens=TEXT).step
-            if expected is not None:
-                found |= {"planned_ms": 1e3 * expected.seconds, "planned_for": card}
+    if card := card_here(device, dry):
+        found |= {"planned_ms": milliseconds_of(preset, batch, card), "planned_for": card}
     return found

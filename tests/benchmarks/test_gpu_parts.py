@@ -426,6 +426,21 @@ def test_a_step_trains() -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("preset", training.BATCH)
+def test_the_plan_of_a_card(preset: str) -> None:
+    assert training.card_of("NVIDIA H100 80GB HBM3", 85e9) == "h100-80g"
+    assert training.card_of("NVIDIA A100-SXM4-40GB", 42e9) == "a100-40g"
+    assert training.card_of("NVIDIA A100-SXM4-80GB", 85e9) == "a100-80g"
+    assert training.card_of("NVIDIA T4", 16e9) is None
+    slow, fast = (
+        training.milliseconds_of(preset, training.BATCH[preset], card)
+        for card in ("a100-80g", "h200-141g")
+    )
+    assert slow is not None
+    assert fast is not None
+    assert 1 < fast < slow < 1000
+
+
 def test_a_plan_that_cannot_be_made_costs_the_plan_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> dict:
         raise ImportError("No module named 'PIL'")
