@@ -212,7 +212,7 @@ class Run:
 
     def given(self) -> Event:
         """What a worker may need of the results so far."""
-        names = ("checks", "ceilings", "rows", "kernels")
+        names = ("environment", "checks", "ceilings", "rows", "kernels", "plans")
         values = {name: getattr(self.results, name) for name in names}
         return {**values, "folder": str(self.folder), "variables": self.variables}
 
@@ -263,7 +263,7 @@ class Run:
             if isinstance(run, TestRun):
                 self.results.tests = run.result()
                 self.say(f"tests: {self.results.tests['summary']}")
-            elif run.left() and slot.step.name != "warm":
+            elif run.left() and not slot.step.beside:
                 self.results.skipped[slot.step.name] = run.left()
                 self.say(f"{slot.step.name}: no time for {len(run.left())} cases")
         compiled = kernels_in(self.cache_folder()) - self.cached

@@ -46,6 +46,7 @@ class Results:
         self.kernels: list[Row] = []
         self.counters: list[Row] = []
         self.host: Any = None
+        self.plans: dict[str, Row] = {}
         self.failed: dict[str, Row] = {}
         self.notes: list[str] = []
         self.skipped: dict[str, list[str]] = {}
@@ -95,6 +96,8 @@ class Results:
         self.kernels += event.get("kernels", [])
         self.counters += event.get("counters", [])
         self.notes += event.get("notes", [])
+        for preset, values in event.get("plan", {}).items():
+            self.plans[preset] = {**self.plans.get(preset, {}), **values}
         if "host" in event:
             self.host = event["host"]
 
@@ -119,7 +122,7 @@ class Results:
         """The JSON file."""
         names = (
             *("environment", "minutes", "plan", "ceilings", "checks", "tests", "rows", "kernels"),
-            *("counters", "host", "failed", "notes", "skipped", "took", "states", "cache"),
+            *("counters", "host", "plans", "failed", "notes", "skipped", "took", "states", "cache"),
         )
         values = {name: getattr(self, name) for name in names}
         return {**values, "good": self.good(), "seconds": time.time() - self.started}

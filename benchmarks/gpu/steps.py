@@ -414,6 +414,10 @@ TASKS: dict[str, Task] = {
     "warm": Task(lambda context: [*goal_ops(context), *blocks(context)], warm),
     "rivals": Task(goal_ops, race),
     "host": Task(host_items, host),
+    "plan": Task(
+        lambda context: training.plan_items(),
+        lambda name, context: training.plan(name, context.dry, context.given["environment"]),
+    ),
     "blocks": Task(blocks, race),
     "attention": Task(attention_items, attention),
     "ascend": Task(ascend, race),
@@ -475,8 +479,6 @@ def worker(step: str, work: Path, events: Path, dry: bool, also: Sequence[str], 
         os.nice(5)  # the tests come first
     if gpu and not dry:
         torch.zeros(1, device=device)
-    if step in TRAINED:
-        training.count_ahead(TRAINED[step], device, dry)
     if not sys.stdin.readline():
         return 0  # the parent is gone
     given = json.loads(work.read_text(encoding="utf-8"))

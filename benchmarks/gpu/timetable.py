@@ -60,6 +60,12 @@ STEPS = (
     Step("check", "every op against float64, values and gradients", 48, 30, 1, 40, shards=6),
     Step("ceilings", "a large copy, a large matrix product", 10, 8, 1, 20),
     Step("ours", "every op timed against a copy, by graph replay", 32, 20, 2, 15),
+    Step(
+        *("plan", "what `fastdiff plan` says of the training steps", 0, 0, 2, 60),
+        beside="ours",
+        extra=True,
+        gpu=False,
+    ),
     Step("tests", "the kernels' tests on all cores", 90, 60, 4, 90),
     Step(
         *("warm", "Inductor compiles the rivals", 0, 0, 4, 80),

@@ -171,11 +171,16 @@ def timed(job: Callable[[], Any], device: torch.device, *, rounds: int, seconds:
 def counted(
     preset: str, dry: bool, seconds: float, device: torch.device, given: Mapping[str, Any]
 ) -> Row:
-    """MFU over both ceilings, and what `fastdiff plan` predicts; a part that fails is named."""
-    found: Row = {}
+    """MFU over both ceilings, and what `fastdiff plan` predicts; a part that fails is named.
+
+    Args:
+        given: "ceilings", and "plans" where an earlier step has made them.
+    """
+    found: Row = {"preset": preset, **given.get("plans", {}).get(preset, {})}
     try:
-        flops = flops_of(preset, dry)
-        found |= {"flops": flops, "tflops": flops / seconds / 1e12, "preset": preset}
+        flops = found.get("flops") or flops_of(preset, dry)
+        found["flops"] = flops
+        found["tflops"] = flops / seconds / 1e12
         if product := given.get("ceilings", {}).get("product"):
             found["mfu_of_measured"] = flops / seconds / product
         if device.type == "cuda":
@@ -183,14 +188,36 @@ def counted(
             found["mfu"] = bench_models.utilisation(flops, seconds, torch.bfloat16, gpu)
     except Exception as error:
         found["no_mfu"] = f"{type(error).__name__}: {error}"[:200]
-    try:
-        found |= planned(preset, dry, device)
-    except Exception as error:
-        found["no_plan"] = f"{type(error).__name__}: {error}"[:200]
+    if "planned_gib" not in found:
+        try:
+            found |= planned(preset, dry)
+        except Exception as error:
+            found["no_plan"] = f"{type(error).__name__}: {error}"[:200]
     return found
 
 
-@functools.cache
+def plan_items() -> list[str]:
+    return [f"{what} of {preset}" for what in ("memory", "time") for preset in BATCH]
+
+
+def plan(name: str, dry: bool, environment: Mapping[str, Any]) -> Row:
+    """What `fastdiff plan` says of a preset's step: it takes seconds, and no GPU.
+
+    Args:
+        name: of `plan_items`.
+        dry: of the tiny models; they have no time.
+        environment: of the run, with the GPU's name.
+    """
+    what, preset = name.split(" of ")
+    if what == "memory":
+        return {"plan": {preset: {"flops": flops_of(preset, dry), **planned(preset, dry)}}}
+    card = card_of(environment.get("gpu", ""), 2**30 * environment.get("memory_gib", 0))
+    if dry or card is None:
+        return {}
+    ms = milliseconds_of(preset, BATCH[preset], card)
+    return {"plan": {preset: {"planned_ms": ms, "planned_for": card}}}
+
+
 def flops_of(preset: str, dry: bool) -> float:
     """FLOPs of a forward and backward."""
     with torch.device("meta"):
@@ -199,18 +226,16 @@ def flops_of(preset: str, dry: bool) -> float:
     return sum(call.flops for call in calls if not call.kind.startswith("optimizer"))
 
 
-@functools.cache
-def activations_of(preset: str, dry: bool) -> tuple[float, int, int]:
-    """Bytes of activations as `fastdiff plan` counts them, parameters, and the batch."""
+def activations_of(preset: str, dry: bool) -> tuple[float, int]:
+    """Bytes of activations as `fastdiff plan` counts them, and parameters."""
     from fastdiff.model_table import activation_bytes
 
     with torch.device("meta"):
         net, batch = made(preset, dry)
         parameters = sum(p.numel() for p in net.parameters())
-    return activation_bytes(net, batch, text=TEXT), parameters, batch
+    return activation_bytes(net, batch, text=TEXT), parameters
 
 
-@functools.cache
 def milliseconds_of(preset: str, batch: int, card: str) -> float | None:
     """Milliseconds of a step by `fastdiff plan` on one GPU, its text encoder left out."""
     from fastdiff import plan
@@ -231,30 +256,12 @@ def card_of(name: str, memory: float) -> str | None:
     return next(cards, None)
 
 
-def card_here(device: torch.device, dry: bool) -> str | None:
-    if device.type != "cuda" or dry:
-        return None
-    properties = torch.cuda.get_device_properties(device)
-    return card_of(properties.name, properties.total_memory)
-
-
-def count_ahead(preset: str, device: torch.device, dry: bool) -> None:
-    """Count what takes seconds, while the process waits for its turn."""
-    for count in (flops_of, activations_of):
-        with contextlib.suppress(Exception):
-            count(preset, dry)
-    with contextlib.suppress(Exception):
-        planned(preset, dry, device)
-
-
-def planned(preset: str, dry: bool, device: torch.device) -> Row:
-    """GiB that stay and GiB of activations as `fastdiff plan` counts them, and its milliseconds."""
-    activations, parameters, batch = activations_of(preset, dry)
+def planned(preset: str, dry: bool) -> Row:
+    """GiB that stay, and GiB of activations beside them, as `fastdiff plan` counts them."""
+    activations, parameters = activations_of(preset, dry)
     found: Row = {"planned_activations_gib": activations / GIB}
     from fastdiff import plan  # needs Pillow, by way of the recipes
 
     held = plan.states(parameters, 1, 0)
     found["planned_gib"] = (held.total + activations) / GIB
-    if card := card_here(device, dry):
-        found |= {"planned_ms": milliseconds_of(preset, batch, card), "planned_for": card}
     return found

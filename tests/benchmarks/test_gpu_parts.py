@@ -64,6 +64,7 @@ def test_the_order_list_names_every_step_with_start_and_seconds() -> None:
     assert any(line.split()[:3] == ["0", "48", "check:"] for line in lines)
     assert any(" rivals: not made: no time" in line for line in lines)
     assert any(line.split()[1:3] == ["beside", "warm:"] for line in lines)
+    assert any("plan: " in line and "(next to ours)" in line for line in lines)
 
 
 def test_every_step_has_cases_and_every_case_one_name() -> None:
@@ -426,19 +427,34 @@ def test_a_step_trains() -> None:
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("preset", training.BATCH)
-def test_the_plan_of_a_card(preset: str) -> None:
+def test_the_plan_of_a_card() -> None:
     assert training.card_of("NVIDIA H100 80GB HBM3", 85e9) == "h100-80g"
     assert training.card_of("NVIDIA A100-SXM4-40GB", 42e9) == "a100-40g"
     assert training.card_of("NVIDIA A100-SXM4-80GB", 85e9) == "a100-80g"
     assert training.card_of("NVIDIA T4", 16e9) is None
+    assert training.card_of("", 0) is None
+    memory, _, time, _ = training.plan_items()
+    gpu = {"gpu": "NVIDIA H200", "memory_gib": 139.8}
+    found = training.plan(time.replace("ascend_t2i_128", "iuvit_cifar10"), False, gpu)["plan"]
+    assert 1 < found["iuvit_cifar10"]["planned_ms"] < 1000
+    assert found["iuvit_cifar10"]["planned_for"] == "h200-141g"
+    assert training.plan(time, False, {}) == {}
+    (values,) = training.plan(memory, True, {})["plan"].values()
+    assert values["planned_gib"] > 0
+    # The row takes what is there.
+    given = {"plans": {"iuvit_cifar10": {"flops": 1e12, "planned_gib": 9.0}}}
+    row = training.counted("iuvit_cifar10", True, 0.5, torch.device("cpu"), given)
+    assert (row["tflops"], row["planned_gib"]) == (2.0, 9.0)
+
+
+@pytest.mark.slow
+def test_the_plan_of_ascend() -> None:
     slow, fast = (
-        training.milliseconds_of(preset, training.BATCH[preset], card)
-        for card in ("a100-80g", "h200-141g")
+        training.milliseconds_of("ascend_t2i_128", 16, card) for card in ("a100-80g", "h200-141g")
     )
     assert slow is not None
     assert fast is not None
-    assert 1 < fast < slow < 1000
+    assert 50 < fast < slow < 1000
 
 
 def test_a_plan_that_cannot_be_made_costs_the_plan_alone(monkeypatch: pytest.MonkeyPatch) -> None:
