@@ -130,10 +130,10 @@ help:  ## this list
 # --- a machine with a GPU as one finds it ----------------------------------------------------------
 
 # Python 3.12 with no more packages than the benchmarks need: `make bench-gpu` is rehearsed there.
-# FASTDIFF_PY312 names another one. The interpreter of triton 3.6 does not run with NumPy 2.5.
+# FASTDIFF_PY312 names another one. The interpreter of triton 3.6 does not run with NumPy 2.4.
 PY312 = $(firstword $(foreach p,python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python), \
   $(if $(shell $(p) -c 'import venv, ensurepip' 2>&1 || echo no),,$(p))))
-BARE := "numpy<2.5" einops transformers pytest pytest-benchmark hypothesis triton==3.6.0
+BARE := "numpy<2.4" einops transformers pytest pytest-benchmark hypothesis triton==3.6.0
 py312:
 	@if [ -n "$${FASTDIFF_PY312:-}" ]; then echo "== Python 3.12: $$FASTDIFF_PY312"; \
 	elif [ -n "$(PY312)" ]; then $(MAKE) --no-print-directory build/py312; \

@@ -7,6 +7,7 @@ in which the process dies or hangs has failed; the next process takes the cases 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -31,6 +32,12 @@ def environment(**extra: str) -> dict[str, str]:
     variables = {**os.environ, "PYTHONPATH": path.rstrip(os.pathsep), "PYTHONUNBUFFERED": "1"}
     variables.setdefault("OMP_NUM_THREADS", "2")
     return variables | extra
+
+
+def end_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies, however that happens."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 @dataclass
@@ -58,6 +65,7 @@ class Process:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=end_with_parent,
                 bufsize=0,
             )
 
@@ -161,6 +169,8 @@ class Worker:
         self.work.write_text(json.dumps(work), encoding="utf-8")
         if self.process is None or self.process.ended():
             self.stop()  # what the last one left
+            with self.events.open("a") as file:
+                file.write("\n")  # it may have died within a line
             self.prepare()
         assert self.process is not None
         self.since = time.time()
@@ -189,7 +199,10 @@ class Worker:
         whole = text[: text.rfind(b"\n") + 1]  # the last line may be half written
         self.read += len(whole)
         for line in whole.splitlines():
-            event = json.loads(line)
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # half a line, of a process that was killed there
             if "begin" in event:
                 self.current, self.since = event["begin"], time.time()
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import subprocess
 import sys
 import tarfile
 import time
@@ -112,6 +113,8 @@ for name in work["items"]:
     if name == "crash":
         os._exit(7)
     if name == "kill":
+        with open(flags["--events"], "a") as file:
+            file.write('{"name": "ki')
         os.kill(os.getpid(), 9)
     if name == "lost":
         tell(name=name, failed="the GPU's context broke: x")
@@ -188,6 +191,35 @@ def test_a_worker_whose_parent_is_gone_ends(tmp_path: Path) -> None:
         assert worker.process.process.stdin is not None
         worker.process.process.stdin.close()
         assert worker.process.process.wait(10) == 0
+
+
+def test_children_end_with_their_parent_however_it_dies(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time; from pathlib import Path; from benchmarks.gpu import workers; "
+        "sleep = [sys.executable, '-c', 'import time; time.sleep(60)']; "
+        f"made = workers.Process(sleep, dict(os.environ), Path({str(tmp_path / 'log')!r})); "
+        "print(made.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen(
+        workers.python("-c", code), cwd=workers.ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    until = time.time() + 10
+    while time.time() < until and alive(child):
+        time.sleep(0.02)
+    assert not alive(child)
+
+
+def alive(process: int) -> bool:
+    """Whether it runs: not gone, and not waiting for somebody to read its status."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 # Tests

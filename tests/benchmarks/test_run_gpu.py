@@ -198,6 +198,20 @@ def test_parts_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert not any(slot.step.name == "counters" for slot in run.slots)
 
 
+def test_a_prepared_cache_is_taken_and_a_fault_of_it_is_noted(tmp_path: Path) -> None:
+    run = run_gpu.Run(run_gpu.parser().parse_args(["--out", str(tmp_path), "--dry"]))
+    run.ask("cache", f"print('unpacked'); print({str(tmp_path)!r})")
+    run.ask("environment", "raise ValueError('no driver')")
+    until = time.time() + 30
+    while run.asked and time.time() < until:
+        run.answers()
+        time.sleep(0.02)
+    assert run.variables == {"TRITON_CACHE_DIR": str(tmp_path)}
+    assert run.cache_folder() == tmp_path
+    assert run.results.notes == ["environment: ValueError: no driver"]
+    assert run.given()["variables"] == run.variables
+
+
 def test_a_fault_of_the_parent_costs_one_step(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
