@@ -119,9 +119,9 @@ def test_the_command_from_end_to_end(tmp_path: Path) -> None:
     assert found["environment"]["python"].startswith("3.12")
     assert "everything that ran is right" in text.splitlines()[-1]
     assert "# CPU" in files[2].read_text()
-    if found["environment"]["triton"].startswith("3.6"):
-        backends = {check["backend"] for check in found["checks"].values()}
-        assert backends <= {"triton", "auto"}
+    backends = {check["backend"] for check in found["checks"].values()}
+    # In an environment of somebody's own NumPy may be too new for triton's interpreter.
+    assert backends == {"triton"} or (backends == {"auto"} and "FASTDIFF_PY312" in os.environ)
 
 
 @pytest.mark.slow
