@@ -186,6 +186,13 @@ class Results:
                 + "; ".join(f"{k} {v}" for k, v in r["metrics"].items())
                 for r in self.counters
             ],
+            "Figures to beat": sorted(
+                {
+                    f"{row['figure'][0]}: {row['figure'][1]:.0%} of a copy"
+                    for row in self.rows
+                    if "figure" in row
+                }
+            ),
             "Failed": [f"{name}: {event['failed']}" for name, event in self.failed.items()],
             "Notes": self.notes,
             "No time for": [f"{step}: {name}" for step, names in self.skipped.items()

@@ -610,6 +610,13 @@ def test_an_op_without_a_number_still_has_its_line(tmp_path: Path) -> None:
     assert any(line.split()[0] == "b" and "right, not timed" in line for line in lines)
 
 
+def test_a_figure_to_beat_has_its_source(tmp_path: Path) -> None:
+    found = made(tmp_path)
+    found.add(row("a", of_floor=0.8, figure=["somebody's kernel (its source)", 0.9, False]), "ours")
+    assert "below sglang's 90%" in "\n".join(found.summary())
+    assert "- somebody's kernel (its source): 90% of a copy" in found.markdown()
+
+
 def test_host_time_stands_in_one_line() -> None:
     found = {"rows": [{"case": "dwconv_gelu", "host": {"forward": 8.04, "both": 21.5}}]}
     line = results.host_line(found)
