@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import pytest_records
-from .workers import Process, environment, python
+from .workers import Process, environment, python, stop_all
 
 # cuBLAS repeats its results with a workspace of a fixed size alone, and the tests ask for that.
 VARIABLES = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -114,8 +114,7 @@ class TestRun:
         return over
 
     def stop(self) -> None:
-        for process in self.runs:
-            process.stop()
+        stop_all(self.runs)
 
     def result(self) -> dict[str, Any]:
         """What the tests said so far; see `judge`."""

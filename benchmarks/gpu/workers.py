@@ -86,20 +86,30 @@ class Process:
     def status(self) -> int | None:
         return self.process.poll()
 
-    def stop(self, patience: float = 2.0) -> int:
+    def stop(self) -> int:
         """End it if it runs: first asked, then made; its exit status."""
-        for sign, seconds in ((signal.SIGINT, patience), (signal.SIGKILL, 5.0)):
-            if self.ended():
-                break
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, sign)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(seconds)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # what it started and left
-        if self.process.stdin is not None:
-            self.process.stdin.close()
+        stop_all([self])
         return self.process.poll() or 0
+
+    def send(self, sign: signal.Signals) -> None:
+        """To its whole group."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, sign)
+
+
+def stop_all(processes: Sequence[Process], patience: float = 2.0) -> None:
+    """End processes, all at once: together they have so many seconds before they are made to."""
+    for sign, seconds in ((signal.SIGINT, patience), (signal.SIGKILL, 5.0)):
+        running = [process for process in processes if not process.ended()]
+        for process in running:
+            process.send(sign)
+        until = time.time() + seconds
+        while time.time() < until and not all(process.ended() for process in running):
+            time.sleep(0.02)
+    for process in processes:
+        process.send(signal.SIGKILL)  # what it started and left
+        if process.process.stdin is not None:
+            process.process.stdin.close()
 
 
 def ending(status: int | None) -> str:
@@ -278,8 +288,7 @@ class StepRun:
         return all(worker.finished for worker in self.workers)
 
     def stop(self) -> None:
-        for worker in self.workers:
-            worker.stop()
+        stop_all([worker.process for worker in self.workers if worker.process is not None])
 
     def left(self) -> list[str]:
         return [item for worker in self.workers for item in worker.left()]

@@ -183,6 +183,21 @@ def test_time_that_is_over_leaves_cases_out_and_fails_nothing(tmp_path: Path) ->
     assert "hang" in run.left()
 
 
+def test_processes_that_do_not_listen_are_ended_together(tmp_path: Path) -> None:
+    code = "import signal, time; signal.signal(signal.SIGINT, lambda *_: None); "
+    code += "print('deaf', flush=True)\nwhile True: time.sleep(60)"
+    made = [
+        workers.Process(workers.python("-c", code), dict(os.environ), tmp_path / f"log-{i}")
+        for i in range(4)
+    ]
+    while not all(one.output.read_text() for one in made):
+        time.sleep(0.02)
+    started = time.time()
+    workers.stop_all(made, patience=0.5)
+    assert time.time() - started < 1.5  # not four times as long
+    assert [one.status() for one in made] == [-9] * 4
+
+
 def test_a_worker_whose_parent_is_gone_ends(tmp_path: Path) -> None:
     run = workers.StepRun(STEP, tmp_path, [sys.executable, "-c", WORKER], dict(os.environ), print)
     run.prepare()
