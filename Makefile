@@ -45,6 +45,7 @@ test: $(STAMP)  ## what CI runs first: lint, types, layout, unit tests, the Trit
 
 test-full: $(STAMP)  ## `make test`, and the slow tests
 	@$(MAKE) --no-print-directory test
+	@$(MAKE) --no-print-directory py312
 	$(call step,slow tests,$(PYTEST) -m slow)
 	$(call step,slow tests of the compiled CPU kernels,FASTDIFF_TEST_BACKEND=native \
 	  $(PYTEST) tests/kernels/backends -m slow)
@@ -96,7 +97,7 @@ sanitize: $(STAMP)  ## the compiled CPU kernels' tests under AddressSanitizer an
 
 ##@ Measure
 
-.PHONY: bench bench-full bench-guard bench-gpu
+.PHONY: bench bench-full bench-guard bench-gpu bench-gpu-tune
 bench: $(STAMP)  ## the benchmarks, small, on the CPU
 	@$(PY) -m pytest benchmarks/ --benchmark-only
 
@@ -107,14 +108,17 @@ bench-full: $(STAMP)  ## the paper's shapes and torch.compile, for hours, into b
 bench-guard: $(STAMP)  ## a few ops and models, held against this machine's baseline
 	$(call step,speed against eager,KINETO_LOG_LEVEL=99 $(PY) -m benchmarks.guard)
 
-# With the python that PYTHON names, else with .venv where it is there; it makes none.
-bench-gpu:  ## the kernels' tests and benchmarks on this machine's GPU, in 8 minutes
-	@PYTHONPATH=.:kernels $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(PY)),$(PYTHON),python3),$(PYTHON)) \
-	  -m benchmarks.run_gpu $(BENCH)
+# With the python that PYTHON names, else with .venv where it is there; they make none.
+ANYPY = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(PY)),$(PYTHON),python3),$(PYTHON))
+bench-gpu:  ## on this machine's GPU, in 8 minutes: every op checked and timed, tests, rivals, training
+	@PYTHONPATH=.:kernels $(ANYPY) -m benchmarks.run_gpu $(BENCH)
+
+bench-gpu-tune:  ## tune the kernels' block sizes on this machine's GPU, in 4 minutes
+	@PYTHONPATH=.:kernels $(ANYPY) -m benchmarks.tune $(BENCH)
 
 ##@ Develop
 
-.PHONY: venv format clean help
+.PHONY: venv py312 format clean help
 venv: $(STAMP)  ## the environment in .venv, with everything installed and the compiled part built
 
 format: $(STAMP)  ## let the formatters rewrite the sources
@@ -127,7 +131,27 @@ clean:  ## remove what was built, not .venv and not runs/
 
 help:  ## this list
 	@awk 'BEGIN { FS = ":.*## " } /^##@/ { print "\n" substr($$0, 5) } \
-	  /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	  /^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# --- a machine with a GPU as one finds it ----------------------------------------------------------
+
+# Python 3.12 with no more packages than the benchmarks need: `make bench-gpu` is rehearsed there.
+# FASTDIFF_PY312 names another one. The interpreter of triton 3.6 does not run with NumPy 2.4.
+PY312 = $(firstword $(foreach p,python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python), \
+  $(if $(shell $(p) -c 'import venv, ensurepip' 2>&1 || echo no),,$(p))))
+BARE := "numpy<2.4" einops transformers pytest pytest-benchmark hypothesis triton==3.6.0
+py312:
+	@if [ -n "$${FASTDIFF_PY312:-}" ]; then echo "== Python 3.12: $$FASTDIFF_PY312"; \
+	elif [ -n "$(PY312)" ]; then $(MAKE) --no-print-directory build/py312; \
+	else echo "== Python 3.12 is not here: tests that need it are skipped"; fi
+
+build/py312:
+	@mkdir -p build; rm -rf $@.made; start=$$SECONDS; trap 'rm -rf $@.made' EXIT; \
+	{ $(PY312) -m venv $@.made && \
+	  { $@.made/bin/python -m pip install -q torch==2.11.0+cpu 2>/dev/null || \
+	    $@.made/bin/python -m pip install -q torch==2.11.0; } && \
+	  $@.made/bin/python -m pip install -q $(BARE); } && \
+	mv $@.made $@ && echo "== build/py312: $$((SECONDS - start)) s"
 
 # --- the environment -------------------------------------------------------------------------------
 

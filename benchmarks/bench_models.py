@@ -32,10 +32,9 @@ from fastdiff.models.ascend import ASCEND
 from fastdiff.models.iuvit import Block, IUViTConfig, block_class
 from fastdiff.nn import PlainSwinLayer, ResBlock, SwinBlock
 from fastdiff.ops import backend
-from fastdiff.training.sensors import Sensors, peak_flops
 
 from . import harness, rivals, twins
-from .bench_ops import Options, mib, verdict
+from .bench_ops import Options, mib, share, verdict
 from .harness import FLOOR, Job, Refused, Row, Timing
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -393,12 +392,12 @@ class Problem:
         """
         ours, eager = Contestant(self.module), Contestant(self.module, rivals.plain)
         mine, plain = (self.forward(one)().double() for one in (ours, eager))
-        # Of a whole model in float32: what TF32 leaves is far more than bfloat16 has.
+        # Of a whole model in float32.
         small = isinstance(self.module, Block)
         wide = torch.float64 if small else torch.float32
         exact = copy.deepcopy(self.module).to(wide)
         cudnn = harness.cudnn(enabled=not small, benchmark=False)
-        with backend("reference"), cudnn, torch.no_grad():
+        with backend("reference"), cudnn, harness.no_tf32(), torch.no_grad():
             truth = exact(*_widened(self.arguments, wide)).double()
         del exact
         unit = harness.UNIT[self.case.dtype]
@@ -472,7 +471,7 @@ def run_case(case: Case, device: torch.device, options: Options) -> list[Row]:
                 except Exception as error:
                     harness.reason(error, device)
             if name == "ours":
-                used = Sensors(device).read().get("gpu_used_gib")
+                used = gpu_used_gib(device)
     rows = []
     for direction in case.directions:
         timed: dict[str, Timing | str] = {
@@ -487,8 +486,21 @@ def run_case(case: Case, device: torch.device, options: Options) -> list[Row]:
     return rows
 
 
+def gpu_used_gib(device: torch.device) -> float | None:
+    """GiB in use on the whole GPU by NVML; None without it, or without what training needs."""
+    try:
+        from fastdiff.training.sensors import Sensors
+    except ImportError:  # of Pillow, for one
+        return None
+    return Sensors(device).read().get("gpu_used_gib")
+
+
 def utilisation(flops: float, seconds: float, dtype: torch.dtype, gpu: str) -> float | None:
     """The model's own FLOPs over what the GPU's data sheet allows in the time, in bf16."""
+    try:
+        from fastdiff.training.sensors import peak_flops
+    except ImportError:
+        return None
     peak = peak_flops(gpu) if dtype is BF16 else None
     return None if peak is None else flops / seconds / peak
 
@@ -553,7 +565,7 @@ def make_row(
     goals = case.goals.get(direction, {})
     compared = [(n, ratios[n][0], aim, ratios[n][1]) for n, aim in goals.items() if n in ratios]
     if compared:
-        row["goal"] = verdict(compared)
+        row["goal"], row["goal_share"] = verdict(compared), share(compared)
     return row
 
 

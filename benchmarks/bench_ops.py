@@ -401,8 +401,29 @@ class Problem:
             if op == "window_attention" and self.device.type == "cuda":
                 flex = compiler(partial(self.by, rivals.window_flex))
                 found["flex"] = Rival(flex, self.inputs, compiled=True)
+        if op == "group_norm_silu" and self.device.type == "cuda":
+            found["apex"] = Rival(
+                partial(self.by, rivals.group_norm_apex), self.converted(torch.channels_last)
+            )
         if op == "window_attention" and self.device.type == "cuda":
             found["xformers"] = Rival(partial(self.by, rivals.window_xformers), self.inputs)
+        return found
+
+    def own(self) -> dict[str, Rival]:
+        """Ours, without rivals."""
+        return {"ours": Rival(self.ours, self.inputs)}
+
+    def candidates(self, contestants: dict[str, Rival]) -> dict[tuple[str, str], Job]:
+        """What is timed: forward and both directions of each, and a copy of the result."""
+        found: dict[tuple[str, str], Job] = {}
+        for name, rival in contestants.items():
+            found[name, "forward"] = self.forward(rival.call, rival.inputs)
+            found[name, "both"] = self.both(rival.call, rival.inputs)
+        source = self.dys[0]
+        target = torch.empty_like(source)
+        found["copy", "forward"] = lambda: target.copy_(source)
+        if self.case.op == "group_norm_silu":
+            found["silu", "forward"] = lambda: torch.ops.aten.silu.out(source, out=target)
         return found
 
     def absent(self, options: Options) -> dict[str, str]:
@@ -415,6 +436,8 @@ class Problem:
             if self.device.type != "cuda":
                 found["flex"] = "n/a: its backward needs a GPU"
                 found["xformers"] = harness.installed("xformers") or "n/a: needs a GPU"
+        if self.case.op == "group_norm_silu" and self.device.type != "cuda":
+            found["apex"] = harness.installed("apex") or "n/a: needs a GPU"
         return found
 
     def forward(self, call: Call, inputs: Sequence[Tensor]) -> Job:
@@ -445,6 +468,27 @@ def warm(case: Case, device: torch.device, options: Options) -> None:
     harness.synchronize(device)
 
 
+def check_case(case: Case, device: torch.device) -> float:
+    """Hold a case to the numerics rule, values and every gradient; its error over what is allowed.
+
+    Raises:
+        Refused: our result is wrong.
+    """
+    problem = Problem(case, device)
+    truth = harness.exact(problem.ours, problem.inputs, problem.dys)
+    return harness.check(problem.ours, problem.inputs, problem.dys, truth)
+
+
+def time_case(case: Case, device: torch.device, options: Options) -> list[Row]:
+    """Rows of ours against a copy alone: no check, no rivals."""
+    problem = Problem(case, device)
+    contestants = problem.own()
+    timings = harness.measure(
+        problem.candidates(contestants), device, rounds=options.rounds, seconds=options.seconds
+    )
+    return table_rows(problem, contestants, {}, timings)
+
+
 def run_case(case: Case, device: torch.device, options: Options) -> list[Row]:
     """Check a case, time it against its rivals, and make its rows.
 
@@ -457,7 +501,7 @@ def run_case(case: Case, device: torch.device, options: Options) -> list[Row]:
     truth = harness.exact(problem.ours, problem.inputs, problem.dys)
     margin = harness.check(problem.ours, problem.inputs, problem.dys, truth)
 
-    contestants = {"ours": Rival(problem.ours, problem.inputs)}
+    contestants = problem.own()
     absent = problem.absent(options)
     for name, rival in problem.rivals(options).items():
         try:
@@ -469,15 +513,7 @@ def run_case(case: Case, device: torch.device, options: Options) -> list[Row]:
             absent[name] = harness.reason(error, device)
     del truth
 
-    candidates: dict[tuple[str, str], Job] = {}
-    for name, rival in contestants.items():
-        candidates[name, "forward"] = problem.forward(rival.call, rival.inputs)
-        candidates[name, "both"] = problem.both(rival.call, rival.inputs)
-    source = problem.dys[0]
-    target = torch.empty_like(source)
-    candidates["copy", "forward"] = lambda: target.copy_(source)
-    if case.op == "group_norm_silu":
-        candidates["silu", "forward"] = lambda: torch.ops.aten.silu.out(source, out=target)
+    candidates = problem.candidates(contestants)
     timings = harness.measure(candidates, device, rounds=options.rounds, seconds=options.seconds)
 
     memory = {
@@ -503,7 +539,8 @@ def run_case(case: Case, device: torch.device, options: Options) -> list[Row]:
         last["saved_over_eager"] = saved["ours"] / least
         aim = case.goals.get("forward", {}).get("saved")
         if aim is not None:
-            last["goal"] = verdict([("saved", saved["ours"] / least, aim, False)])
+            compared = [("saved", saved["ours"] / least, aim, False)]
+            last["goal"], last["goal_share"] = verdict(compared), share(compared)
     floor = rows[0].get("floor_us")
     if device.type == "cuda" and floor is not None and floor < 20:
         rows[0]["host_us"] = 1e6 * harness.host_overhead(candidates["ours", "forward"], device)
@@ -525,8 +562,28 @@ def verdict(compared: Sequence[tuple[str, float, float, bool]]) -> str:
     return f"missed: {', '.join(missed)}" if missed else "met"
 
 
+def share(compared: Sequence[tuple[str, float, float, bool]]) -> float:
+    """How much of the goal is reached, of several the least: 1 and more where it is met."""
+    return min((value / aim if more else aim / value) for _, value, aim, more in compared)
+
+
 # What a goal is called, and the row's field that it is held against; others are rivals' names.
 COMPARED = {"floor": "of_floor", "eager": "over_eager", "silu": "over_silu"}
+
+
+# What others publish of their kernels, as a fraction of a copy: (op, layout, direction).
+FIGURES = {
+    ("group_norm_silu", "nhwc", "forward"): (
+        "sglang's two-pass group norm, NHWC, on an H200 (group_norm_silu_twopass_triton.py, "
+        "sgl-project/sglang pull request 33451)",
+        0.9,
+    ),
+}
+
+
+def figure_to_beat(case: Case, direction: str) -> tuple[str, float] | None:
+    """The published figure that a row is held against, with its source."""
+    return FIGURES.get((case.op, case.shape.split()[-1], direction))
 
 
 def table_rows(
@@ -609,7 +666,9 @@ def table_rows(
         values |= {k: row[v] for k, v in COMPARED.items() if v in row}
         compared = [(k, values[k], aim, True) for k, aim in goals.items() if k in values]
         if compared:
-            row["goal"] = verdict(compared)
+            row["goal"], row["goal_share"] = verdict(compared), share(compared)
+        if (figure := figure_to_beat(case, direction)) and "of_floor" in row:
+            row["figure"] = [*figure, row["of_floor"] >= figure[1]]
         rows.append(row)
     return rows
 

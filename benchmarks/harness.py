@@ -425,6 +425,20 @@ def exact(
 
 
 @contextlib.contextmanager
+def no_tf32() -> Iterator[None]:
+    """Products and convolutions of float32 in float32: cuDNN takes TF32 for them by default."""
+    flags: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [flag.allow_tf32 for flag in flags]
+    for flag in flags:
+        flag.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
+
+
+@contextlib.contextmanager
 def cudnn(*, enabled: bool, benchmark: bool) -> Iterator[None]:
     """cuDNN on or off, with or without its search for the fastest convolution.
 
@@ -456,9 +470,10 @@ def check(
     Raises:
         Refused: the rule does not hold.
     """
-    got = values_and_gradients(call, inputs, dys)
-    with backend("reference"):
-        plain = values_and_gradients(call, inputs, dys)
+    with no_tf32():
+        got = values_and_gradients(call, inputs, dys)
+        with backend("reference"):
+            plain = values_and_gradients(call, inputs, dys)
     try:
         return _numerics.check(got, plain, truth)
     except AssertionError as error:

@@ -2,14 +2,17 @@
 
     PYTHONPATH=.:kernels python3 -m benchmarks.run_gpu [--minutes 8] [--out FOLDER]
 
-First the kernels' tests run, and beside them the compilers of all that will be timed, so that they
-find their work done later. Then the benchmarks run one after another, the most important first,
-each in a time of its own; what there is no time for is listed. A case that breaks the GPU's context
-costs that case alone: the rest runs in a new process. FOLDER/<gpu>-<date>.json has everything, the
-.md beside it what one reads first; both are rewritten as rows arrive.
+Prints its order list first: every step with its planned start and seconds. By second 90 the
+ceilings are measured, and every op is checked against float64 and timed against a copy. Then come
+the tests on all cores, the rivals, time and hardware counters of single kernels, and a training
+step. Every step runs in processes of its own: a case that hangs, crashes or breaks the GPU's
+context costs that case alone. A shorter run keeps what matters most.
 
-Exit status: 0 all tests passed and every case that was begun has numbers; 1 not so; 2 no GPU.
-Needs torch, triton, numpy, einops, pytest, pytest-benchmark and what the tests import.
+FOLDER gets three files, rewritten as rows arrive: NAME.json has everything, NAME.md is to be read
+first, NAME-logs.tar.gz has the output of the processes. The summary is printed last.
+
+Exit status: 0 all tests passed and every case that was begun is right and has its numbers; 1 not
+so; 2 no GPU. Needs torch, triton, numpy, einops, pytest, hypothesis and what the tests import.
 """
 
 from __future__ import annotations
@@ -19,483 +22,300 @@ import contextlib
 import importlib.util
 import json
 import os
-import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from .gpu import results as found
+from .gpu import timetable
+from .gpu.pytests import TestRun, processes
+from .gpu.results import Results
+from .gpu.timetable import Slot, Step
+from .gpu.workers import ROOT, Event, Process, StepRun, environment, python
 
-from . import bench_models, bench_ops, harness
-from .bench_ops import Options
-from .harness import DeviceLost, Refused, Row
-
-ROOT = harness.ROOT
-LOST = 3  # exit status of a worker whose context broke
-# Seconds that one case may take, and at the end to write everything down.
-CAP, CAP_MODEL, CAP_COMPILED, CLOSING = 45.0, 110.0, 150.0, 8.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """One case with its name, and the seconds it may take."""
-
-    name: str
-    case: bench_ops.Case | bench_models.Case
-    cap: float
-
-    def options(self, args: argparse.Namespace) -> Options:
-        model = isinstance(self.case, bench_models.Case)
-        seconds = 0.2 if args.dry else (5.0 if model else 1.5)
-        rounds = 3 if args.dry else 11
-        return Options(
-            compile=not args.dry,
-            max_autotune=args.max_autotune,
-            rounds=rounds,
-            seconds=seconds,
-        )
-
-    def run(self, device: torch.device, args: argparse.Namespace) -> list[Row]:
-        if isinstance(self.case, bench_models.Case):
-            return bench_models.run_case(self.case, device, self.options(args))
-        return bench_ops.run_case(self.case, device, self.options(args))
-
-    def warm(self, device: torch.device, args: argparse.Namespace) -> None:
-        if isinstance(self.case, bench_models.Case):
-            bench_models.warm(self.case, device, self.options(args))
-        else:
-            bench_ops.warm(self.case, device, self.options(args))
-
-
-def jobs(dry: bool) -> list[Job]:
-    """All cases, in the order in which they matter."""
-
-    def cap(case: bench_models.Case) -> float:
-        return CAP_COMPILED if case.compiled else CAP_MODEL
-
-    ops = [Job(c.name, c, CAP) for c in (bench_ops.TINY if dry else bench_ops.GPU)]
-    models = [Job(c.name, c, cap(c)) for c in (bench_models.TINY if dry else bench_models.GPU)]
-    return [*ops[:9], *models[:3], *ops[9:16], *models[3:4], *ops[16:], *models[4:]]
-
-
-def device_of(args: argparse.Namespace) -> torch.device:
-    return torch.device("cpu" if args.dry else "cuda")
-
-
-# The workers: processes of their own.
-
-
-def worker(args: argparse.Namespace) -> int:
-    """Run the cases that are not done yet, and write a line of JSON for each event."""
-    device = device_of(args)
-    torch.backends.cudnn.benchmark = True
-    done = set(json.loads(Path(args.done).read_text()))
-    with open(args.worker, "a", encoding="utf-8") as file:
-
-        def tell(**event: Any) -> None:
-            file.write(json.dumps(event) + "\n")
-            file.flush()
-
-        if not args.dry and "ceilings" not in done:
-            tell(begin="ceilings")
-            tell(name="ceilings", ceilings=ceilings(device))
-        for job in jobs(args.dry):
-            if job.name in done:
-                continue
-            if time.time() > args.until:
-                break
-            tell(begin=job.name)
-            started = time.perf_counter()
-            try:
-                rows = job.run(device, args)
-                took = time.perf_counter() - started
-                tell(name=job.name, rows=rows, took=took, state=harness.gpu_state())
-            except DeviceLost as error:
-                tell(name=job.name, failed=f"the GPU's context broke: {error}")
-                return LOST
-            except Refused as error:
-                tell(name=job.name, failed=f"refused, wrong result: {error}")
-            except Exception as error:
-                text = harness.clean(traceback.format_exc())
-                try:
-                    why = harness.reason(error, device)
-                except DeviceLost:
-                    tell(name=job.name, failed=f"the GPU's context broke: {error}", traceback=text)
-                    return LOST
-                tell(name=job.name, failed=why, traceback=text)
-            harness.free(device)
-    return 0
-
-
-def ceilings(device: torch.device) -> Row:
-    """What this GPU reaches: a large copy, and a large product of random matrices."""
-    source = torch.randn(2**29, device=device)
-    target = torch.empty_like(source)
-    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    found = harness.measure(
-        {"copy": lambda: target.copy_(source), "product": lambda: a @ b}, device, seconds=1
-    )
-    row: Row = {}
-    for name, work in (("copy", 2 * source.numel() * 4), ("product", 2 * 8192**3)):
-        timing = found[name]
-        if isinstance(timing, harness.Timing):
-            row[f"{name}_tera_per_second"] = work / timing.seconds / 1e12
-    return row
-
-
-def warm(args: argparse.Namespace) -> int:
-    """Compile one share of the cases: the rivals' compilers take most of the time."""
-    device = device_of(args)
-    torch.backends.cudnn.benchmark = True
-    os.nice(5)  # the tests come first
-    part, parts = map(int, args.warm.split("/"))
-    everything = jobs(args.dry)
-    heavy = [j for j in everything if isinstance(j.case, bench_models.Case) and j.case.compiled]
-    models = [
-        j for j in everything if isinstance(j.case, bench_models.Case) and j.case.compiled is None
-    ]
-    ops = [j for j in everything if isinstance(j.case, bench_ops.Case)]
-    shares = [heavy, models, *(ops[i :: parts - 2] for i in range(parts - 2))]
-    for job in shares[part]:
-        with contextlib.suppress(Exception):
-            job.warm(device, args)
-        harness.free(device)
-    return 0
-
-
-# The parent: starts them, watches the clock, writes the results. It never touches the GPU.
+PREPARED = ROOT / "build" / "gpu-cache"
+ALSO = ("float32", "max-autotune", "models", "ascend-compiled")
+# Of these folders, those that there are.
+TESTS = ("tests/kernels/backends", "tests/kernels/cuda", "tests/kernels/gpu", "tests/cuda")
+# Interpreted, in seconds.
+DRY_TESTS = ["tests/kernels/backends/test_philox_normal_backend.py", "-k", "shape0 or shape1"]
+PATIENCE = 15.0  # seconds for the prepared cache
 
 
 class Run:
-    """One run of everything, and its clock."""
+    """One run of all steps, and its clock. It never touches the GPU itself."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.started = time.time()
-        self.end = self.started + 60 * args.minutes
         self.folder = Path(tempfile.mkdtemp(prefix="fastdiff-bench-"))
-        self.tests: Row = {"summary": "not run"}
-        self.rows: list[Row] = []
-        self.done: dict[str, str] = {}
-        self.failed: dict[str, Row] = {}
-        self.took: dict[str, float] = {}
-        self.ceilings: Row = {}
-        self.states: dict[str, Row] = {}
-        self.environment = self.describe()
-        device = self.environment.get("gpu", "cpu" if args.dry else "gpu")
-        slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-        date = time.strftime("%Y-%m-%d", time.gmtime())
-        self.out = Path(args.out) / f"{slug}-{date}.json"
+        self.results = Results(Path(args.out), args.minutes, args.dry)
+        self.started = self.results.started
+        self.variables: dict[str, str] = {}
+        self.ready: dict[str, StepRun] = {}
+        self.asked: dict[str, Process] = {}
+        self.begun: set[str] = set()
+        self.cached: set[str] = set()
+        self.live: list[tuple[Slot, StepRun | TestRun]] = []
+        self.slots, dropped = timetable.plan(self.steps(), 60 * args.minutes)
+        names = {slot.step.name for slot in self.slots}
+        if not names & {"rivals", "blocks"}:  # nothing to compile for
+            self.slots = [slot for slot in self.slots if slot.step.name != "warm"]
+        self.results.tested = any(slot.step.name == "tests" for slot in self.slots)
+        why = [(step, "no time") for step in dropped] + self.absent
+        self.results.plan = timetable.order_list(self.slots, why)
 
-    def describe(self) -> Row:
-        """`harness.environment`, in a process of its own."""
-        code = "import json, torch; from benchmarks import harness; "
-        code += f"print(json.dumps(harness.environment(torch.device('{device_of(self.args)}'))))"
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env=environment(),
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            return {"failed": harness.clean(done.stderr[-2000:])}
-        found: Row = json.loads(done.stdout.splitlines()[-1])
-        return found
-
-    def left(self) -> float:
-        return self.end - time.time()
+    def steps(self) -> list[Step]:
+        """The steps that this machine can make."""
+        find_spec = importlib.util.find_spec
+        packages = any(find_spec(name) for name in ("flash_attn", "xformers"))
+        self.absent: list[tuple[Step, str]] = []
+        made = []
+        for step in timetable.STEPS:
+            why = ""
+            if self.args.dry:  # a slow machine is given more time for the same
+                step = timetable.stretched(step, max(1.0, self.args.minutes / 8))
+            if step.name == "attention" and not packages and not self.args.dry:
+                why = "neither flash-attn nor xformers is installed"
+            if step.name == "host" and not (ROOT / "benchmarks" / "bench_host.py").is_file():
+                why = "this version has no benchmarks/bench_host.py"
+            if step.name == "counters" and not has_profiler():
+                why = "there is no ncu on this machine"
+            if step.name == "warm" and self.args.cold:
+                why = "--cold"
+            if why:
+                self.absent.append((step, why))
+            else:
+                made.append(step)
+        return made
 
     def say(self, text: str) -> None:
         print(f"[{time.time() - self.started:5.0f} s] {text}", flush=True)
 
-    def start(self, *arguments: str, output: Path | None = None, **extra: str) -> Process:
-        command = [sys.executable, *arguments]
-        return Process(command, environment(**extra), output or self.folder / "log")
+    # The beginning
 
-    # Tests, and beside them the compilers.
+    def prepare(self, step: Step) -> None:
+        """Start a step's processes: they import what they need, and wait."""
+        if step.name == "tests" or step.name in self.ready:
+            return
+        command = python("-m", "benchmarks.run_gpu", "--step", step.name)
+        command += ["--dry"] * self.args.dry + ["--cpu"] * (not step.gpu)
+        for part in self.args.also:
+            command += ["--also", part]
+        variables = environment(**self.variables)
+        if step.name == "warm":
+            variables["TORCHINDUCTOR_COMPILE_THREADS"] = "4"
+        if self.args.dry:
+            variables["CUDA_VISIBLE_DEVICES"] = ""
+            if step.name == "check":
+                variables["TRITON_INTERPRET"] = "1"
+        shards = min(2, step.shards) if self.args.dry else step.shards
+        run = StepRun(*(step, self.folder, command, variables, self.take_of(step)), shards=shards)
+        run.prepare()
+        self.ready[step.name] = run
 
-    def test_and_warm(self, seconds: float) -> None:
-        args, flags = self.args, ["--dry"] * self.args.dry
-        until = time.time() + seconds
-        log = self.folder / "tests"
-        command = ["-m", "pytest", *args.tests, "-o", "addopts=", "-W", "default", "-v"]
-        command += ["--tb=short", "-p", "no:cacheprovider", "-m", "not slow"]
-        if not args.dry and importlib.util.find_spec("xdist"):
-            command += ["-n", "8"]
-        # cuBLAS needs a fixed workspace to be deterministic, which the tests ask for.
-        tests = self.start(*command, output=log, CUBLAS_WORKSPACE_CONFIG=":4096:8")
-        parts = 0 if args.dry or args.cold else 6
-        module = ["-m", "benchmarks.run_gpu", *flags, *["--max-autotune"] * args.max_autotune]
-        warmers = [
-            self.start(*module, "--warm", f"{i}/{parts}", TORCHINDUCTOR_COMPILE_THREADS="4")
-            for i in range(parts)
-        ]
-        self.say(f"tests, and {parts} compilers beside them")
-        told = False
-        try:
-            while time.time() < until:
-                over = tests.ended()
-                if over and not told:
-                    told = True
-                    self.tests = judge(log.read_text(errors="replace"), tests.status())
-                    self.say(f"tests: {self.tests['summary']}")
-                if over and all(process.ended() for process in warmers):
-                    break
-                time.sleep(0.3)
-        finally:
-            running = sum(not process.ended() for process in warmers)
-            if running:
-                self.say(f"{running} compilers had no time to finish")
-            for process in [tests, *warmers]:
-                process.stop()
-            if not told:
-                self.tests = judge(log.read_text(errors="replace"), None)
-                self.say(f"tests: {self.tests['summary']}")
+    def begin(self) -> None:
+        """Describe the machine, and unpack the kernels that were compiled beforehand."""
+        code = "import json, torch; from benchmarks import harness; "
+        code += f"device = torch.device('{'cpu' if self.args.dry else 'cuda'}'); "
+        code += "print(json.dumps(harness.environment(device)))"
+        self.ask("environment", code)
+        if PREPARED.exists() and not self.args.dry:
+            code = "from pathlib import Path; from benchmarks import gpu_cache; "
+            self.ask("cache", f"{code}print(gpu_cache.prepare(Path({str(PREPARED)!r})))")
+        # The first kernels are compiled with the prepared cache, if it comes at all.
+        until = time.time() + PATIENCE
+        while "cache" in self.asked and time.time() < until:
+            self.answers()
+            time.sleep(0.05)
+        self.cached = kernels_in(self.cache_folder())
+        self.results.cache = {"prepared": len(self.cached), "compiled": 0}
+
+    def ask(self, name: str, code: str) -> None:
+        """Run a line of Python in a process of its own; its last line of output is the answer."""
+        log = self.folder / f"{name}.log"
+        self.asked[name] = Process(python("-c", code), environment(), log)
+
+    def answers(self) -> None:
+        """Take what the asked processes have answered."""
+        for name, child in list(self.asked.items()):
+            if not child.ended():
+                continue
+            status = child.stop()
+            del self.asked[name]
+            lines = child.output.read_text(errors="replace").strip().splitlines()
+            try:
+                if status or not lines:
+                    raise ValueError(lines[-1] if lines else f"status {status}")
+                if name == "cache":
+                    self.variables["TRITON_CACHE_DIR"] = lines[-1]
+                else:
+                    self.results.environment = json.loads(lines[-1])
+                    where = self.results.environment
+                    self.say(", ".join(f"{k} {v}" for k, v in where.items()))
+            except ValueError as error:
+                self.results.notes.append(f"{name}: {error}"[:300])
+
+    def cache_folder(self) -> Path:
+        """Where triton keeps what it compiled."""
+        home = Path(os.environ.get("TRITON_HOME", Path.home())) / ".triton" / "cache"
+        name = "TRITON_CACHE_DIR"
+        return Path(self.variables.get(name) or os.environ.get(name) or home)
+
+    # The steps
+
+    def run(self) -> None:
+        """All steps, one behind the other."""
+        main = [slot for slot in self.slots if not slot.step.beside]
+        self.begin()
+        for index, slot in enumerate(main):
+            beside = [s for s in self.slots if s.step.beside == slot.step.name]
+            for one in (slot, *beside):
+                try:
+                    self.launch(one)
+                except Exception as error:
+                    self.lost(one.step, error)
+            for later in main[index + 1 : index + 2]:
+                self.prepare(later.step)
+            self.watch(slot)
+        for one, _ in list(self.live):
+            self.finish(one)
+
+    def launch(self, slot: Slot) -> None:
+        """Begin a step's work."""
+        step, until = slot.step, self.started + slot.end
+        self.begun.add(step.name)
+        if step.name == "tests":
+            tests = self.tests()
+            tests.go(until)
+            self.live.append((slot, tests))
+            what = f"{'xdist' if tests.xdist else 'own shards'}, {tests.count} processes"
+            self.say(f"{step.name}: begun ({what})")
+            return
+        self.prepare(step)
+        run = self.ready.pop(step.name)
+        given = self.given()
+        items = self.items(step, given)
+        run.go(items, given, until)
+        self.live.append((slot, run))
+        pids = ", ".join(map(str, run.pids()))
+        self.say(f"{step.name}: begun, {len(items)} cases, until {slot.end:.0f} s (process {pids})")
+
+    def items(self, step: Step, given: Event) -> list[str]:
+        from .gpu import steps
+
+        return steps.items_of(step.name, self.args.dry, self.args.also, given)
+
+    def given(self) -> Event:
+        """What a worker may need of the results so far."""
+        names = ("environment", "checks", "ceilings", "rows", "kernels", "plans")
+        values = {name: getattr(self.results, name) for name in names}
+        return {**values, "folder": str(self.folder), "variables": self.variables}
+
+    def tests(self) -> TestRun:
+        dry = self.args.dry
+        variables = dict(self.variables)
+        if dry:
+            variables |= {"TRITON_INTERPRET": "1", "FASTDIFF_TEST_BACKEND": "triton"}
+            variables |= {"CUDA_VISIBLE_DEVICES": ""}
+        here = [path for path in TESTS if (ROOT / path).exists()]
+        paths = self.args.tests or (DRY_TESTS if dry else here)
+        count = 2 if dry else processes()
+        xdist = False if self.args.no_xdist else None
+        return TestRun(paths, self.folder, count=count, xdist=xdist, variables=variables,
+                       seconds=60.0)  # fmt: skip
+
+    def watch(self, slot: Slot) -> None:
+        """Wait for a step, and for what uses the GPU beside it."""
+        kept = time.time()
+        while any(one is slot or one.step.gpu for one, _ in self.live):
+            self.answers()
+            for one, run in list(self.live):
+                try:
+                    over = run.poll()
+                except Exception as error:
+                    self.lost(one.step, error)
+                    over = True
+                if over or time.time() > self.started + one.end:
+                    self.finish(one)
+                elif isinstance(run, TestRun) and time.time() > kept + 10:
+                    kept, self.results.tests = time.time(), run.result()
+                    self.save()
+            time.sleep(0.1)
+
+    def lost(self, step: Step, error: Exception) -> None:
+        """A fault of this process costs the step alone."""
+        why = f"{type(error).__name__}: {error}"
+        self.results.failed[step.name] = {"failed": why, "log": traceback.format_exc()}
+        self.say(f"{step.name}: FAILED: {why}")
+
+    def finish(self, slot: Slot) -> None:
+        """End a step, and keep what it found."""
+        for one, run in list(self.live):
+            if one is not slot:
+                continue
+            self.live.remove((one, run))
+            run.stop()
+            if isinstance(run, TestRun):
+                self.results.tests = run.result()
+                self.say(f"tests: {self.results.tests['summary']}")
+            elif run.left() and not slot.step.beside:
+                self.results.skipped[slot.step.name] = run.left()
+                self.say(f"{slot.step.name}: no time for {len(run.left())} cases")
+        compiled = kernels_in(self.cache_folder()) - self.cached
+        self.results.cache["compiled"] = len(compiled)
         self.save()
 
-    # The benchmarks.
+    def take_of(self, step: Step) -> Callable[[Event], None]:
+        def take(event: Event) -> None:
+            self.results.take(event, extra=step.extra)
+            self.say(f"{step.name}: {event.get('name', '')}: {found.progress(event)}")
+            self.save()
 
-    def benchmark(self, until: float) -> None:
-        caps = {job.name: job.cap for job in jobs(self.args.dry)} | {"ceilings": 60.0}
-        events, done, output = (self.folder / name for name in ("events", "done", "output"))
-        seen = 0
-        while time.time() < until and set(caps) - set(self.done) - {"ceilings"}:
-            done.write_text(json.dumps(sorted(self.done)))
-            events.touch()
-            flags = ["--dry"] * self.args.dry + ["--max-autotune"] * self.args.max_autotune
-            command = ["-m", "benchmarks.run_gpu", *flags, "--worker", str(events)]
-            command += ["--done", str(done), "--until", str(until)]
-            process = self.start(*command, output=output)
-            current, since = "", time.time()
-            stopped = ""
-            while not stopped:
-                over = process.ended()
-                text = events.read_text()
-                lines = text[: text.rfind("\n") + 1].splitlines()  # one may be half written
-                for line in lines[seen:]:
-                    event = json.loads(line)
-                    if "begin" in event:
-                        current, since = event["begin"], time.time()
-                    else:
-                        self.take(event)
-                        current = ""
-                seen = len(lines)
-                if over:
-                    break
-                if current and time.time() - since > caps[current]:
-                    stopped = f"stopped after the {caps[current]:.0f} s it may take"
-                elif time.time() > until + CLOSING / 2:
-                    stopped, current = "the time is over", ""  # one more without a number
-                time.sleep(0.2)
-            status = process.stop()
-            log = harness.clean(output.read_text(errors="replace")[-1500:])
-            if current:
-                why = stopped or f"the process ended with status {status}"
-                self.take({"name": current, "failed": why, "traceback": log})
-            elif status != 0 and status != LOST and not stopped:
-                self.failed["the benchmarks' process"] = {"failed": f"status {status}: {log}"}
-                break
-            elif status == 0:
-                break
+        return take
 
-    def take(self, event: Row) -> None:
-        """One event of a worker."""
-        name = event["name"]
-        if "failed" in event:
-            self.done[name] = "failed"
-            self.failed[name] = event
-            self.say(f"{name}: {event['failed']}")
-        else:
-            self.done[name] = "ok"
-            self.ceilings |= event.get("ceilings", {})
-            self.rows += event.get("rows", [])
-            self.took[name] = event.get("took", 0.0)
-            self.states[name] = event.get("state", {})
-            self.say(f"{name}: {line_of(event)}")
-        self.save()
-
-    # The results.
-
-    def skipped(self) -> list[str]:
-        return [job.name for job in jobs(self.args.dry) if job.name not in self.done]
-
-    def good(self) -> bool:
-        return bool(self.tests.get("good")) and not self.failed and bool(self.rows)
+    # The end
 
     def save(self) -> None:
-        found = {
-            "environment": self.environment,
-            "ceilings": self.ceilings,
-            "tests": self.tests,
-            "good": self.good(),
-            "rows": self.rows,
-            "failed": self.failed,
-            "skipped": self.skipped(),
-            "took": self.took,
-            "states": self.states,
-            "seconds": time.time() - self.started,
-        }
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        for path, text in (
-            (self.out, json.dumps(found, indent=1) + "\n"),
-            (self.out.with_suffix(".md"), self.markdown()),
-        ):
-            temporary = path.with_name(f".{path.name}")
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
+        """Write what there is; not before the machine's name is known, which the files bear."""
+        if self.results.environment or time.time() > self.started + 60:
+            self.results.save()
 
-    def markdown(self) -> str:
-        where = self.environment
-        state = ", ".join(f"{k} {v}" for k, v in where.items() if k not in ("date", "commit"))
-        ops = [row for row in self.rows if "op" in row]
-        models = [row for row in self.rows if "op" not in row]
-        text = [
-            f"# {where.get('gpu', 'CPU')}, {where.get('date', '')}",
-            "",
-            f"Commit {where.get('commit')}; {state}.",
-            "",
-            f"Ceilings: {', '.join(f'{k} {v:.3f}' for k, v in self.ceilings.items()) or '-'}.",
-            f"Tests: {self.tests['summary']}.",
-            "Made by `make bench-gpu`; what the columns mean stands in `benchmarks/bench_ops.py`",
-            "and `benchmarks/bench_models.py`. Times are medians of the GPU's, without Python's.",
-        ]
-        for title, rows in (("Ops", ops), ("Models", models)):
-            if rows:
-                text += ["", f"## {title}", "", harness.table(rows, markdown=True)]
-        absent = Counter(
-            f"{name}: {value[5:]}"
-            for row in self.rows
-            for name, value in row.get("times_us", {}).items()
-            if isinstance(value, str)
-        )
-        lists = {
-            "Rivals without a number": [f"{why} ({n} rows)" for why, n in absent.items()],
-            "Without a number": [f"{n}: {event['failed']}" for n, event in self.failed.items()],
-            "No time for": self.skipped(),
-            "Tests that failed": self.tests.get("failed", []),
-        }
-        for title, items in lists.items():
-            if items:
-                text += ["", f"## {title}", "", *(f"- {item}" for item in items)]
-        return "\n".join(text) + "\n"
+    def close(self) -> None:
+        """Stop what still runs, write everything, print the summary."""
+        self.answers()
+        for process in (*(run for _, run in self.live), *self.ready.values(), *self.asked.values()):
+            process.stop()
+        for slot in self.slots:
+            if slot.step.name not in self.begun:
+                self.results.skipped[slot.step.name] = ["everything"]
+        self.results.save(closing=True)
+        with contextlib.suppress(OSError):
+            self.results.save_logs(sorted(self.folder.glob("*.log")))
+        print()
+        print("\n".join(self.results.summary()), flush=True)
 
 
-@dataclass
-class Process:
-    """A child in a process group of its own, so that its children end with it."""
+def has_profiler() -> bool:
+    """Whether Nsight Compute is here; asked without importing torch."""
+    import glob
+    import shutil
 
-    command: Sequence[str]
-    variables: dict[str, str]
-    output: Path
-
-    def __post_init__(self) -> None:
-        with self.output.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command,
-                cwd=ROOT,
-                env=self.variables,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def ended(self) -> bool:
-        return self.process.poll() is not None
-
-    def status(self) -> int | None:
-        return self.process.poll()
-
-    def stop(self) -> int:
-        """End it if it runs: first asked, then made; its exit status."""
-        for sign, seconds in ((signal.SIGINT, 3.0), (signal.SIGKILL, 5.0)):
-            if self.ended():
-                break
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, sign)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(seconds)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # what it started and left
-        return self.process.poll() or 0
+    places = ("/usr/local/cuda*/bin/ncu", "/opt/nvidia/nsight-compute/*/ncu")
+    return shutil.which("ncu") is not None or any(glob.glob(place) for place in places)
 
 
-def environment(**extra: str) -> dict[str, str]:
-    """Variables of the children: the checkout's packages, no interpreter, output at once."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-    variables = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **extra}
-    variables.setdefault("OMP_NUM_THREADS", "2")
-    return variables
-
-
-_RESULT = re.compile(
-    r"^(?:\[gw\d+\] \[ *\d+%\] )?(?:(\S+::.*?) )?(PASSED|FAILED|ERROR|SKIPPED)\b(.*)"
-)
-
-
-def judge(log: str, status: int | None) -> Row:
-    """What pytest's verbose output says; it may have been cut off.
-
-    Args:
-        log: the output.
-        status: pytest's exit status, None where it was stopped.
-    """
-    outcomes: dict[str, str] = {}
-    body = log.split("short test summary info")[0]
-    for line in body.splitlines():
-        match = _RESULT.match(line)
-        if match is None:
-            continue
-        test = (match[1] or match[3]).strip().split(" [ ")[0]
-        if "::" in test and outcomes.get(test) not in ("FAILED", "ERROR"):
-            outcomes[test] = match[2]
-    counts = Counter(outcomes.values())
-    failed = sorted(test for test, what in outcomes.items() if what in ("FAILED", "ERROR"))
-    parts = [f"{n} {what.lower()}" for what, n in sorted(counts.items())] or ["none ran"]
-    if status is None:
-        parts.append("stopped for time")
-    elif status not in (0, 1):
-        parts.append(f"pytest's exit status {status}")
-    found: Row = {
-        "summary": ", ".join(parts),
-        "good": status == 0 and counts["PASSED"] > 0,
-        "counts": dict(counts),
-        "failed": failed,
-        "status": status,
+def kernels_in(folder: Path) -> set[str]:
+    """Our kernels in a cache of triton: those that Inductor did not make."""
+    return {
+        f"{path.parent.name}/{path.name}"
+        for path in folder.glob("*/__grp__*.json")
+        if not path.name.startswith("__grp__triton_")
     }
-    if status != 0:
-        found["log"] = harness.clean(log[-8000:])
-    return found
-
-
-def line_of(event: Row) -> str:
-    """A case in one line."""
-    parts = []
-    for row in event.get("rows", []):
-        if row["direction"] == "forward+backward":
-            continue
-        text = f"{row['direction']} {row['us']:.1f} us"
-        if "of_floor" in row:
-            text += f", {row['of_floor']:.0%} of floor"
-        if "over_floor" in row:
-            text += f", {row['over_floor']:.2f} x floor"
-        if "over_best" in row:
-            text += f", {row['over_best']:.2f} x {row['best']}"
-        if row.get("goal"):
-            text += f" ({row['goal']})"
-        parts.append(text)
-    if "ceilings" in event:
-        parts.append(", ".join(f"{k} {v:.3f}" for k, v in event["ceilings"].items()))
-    return "; ".join(parts)
 
 
 @contextlib.contextmanager
@@ -518,45 +338,58 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--minutes", type=float, default=8.0, help="for everything (8)")
     made.add_argument("--out", default=str(ROOT / "benchmarks" / "results"), help="folder")
-    made.add_argument("--tests", nargs="*", default=["tests/kernels/backends"])
-    made.add_argument("--max-autotune", action="store_true", help="one more rival; slow")
-    made.add_argument("--cold", action="store_true", help="do not compile ahead")
+    made.add_argument("--tests", nargs="*", help="files of tests, in place of the kernels'")
+    made.add_argument(
+        *("--also",), action="append", default=[], choices=ALSO, metavar="PART",
+        help=f"a part that is left out by default, of {', '.join(ALSO)}; may be repeated",
+    )  # fmt: skip
+    made.add_argument("--cold", action="store_true", help="compile nothing beside the tests")
+    made.add_argument("--no-xdist", action="store_true", help="share the tests out without xdist")
     made.add_argument("--dry", action="store_true", help="on the CPU, tiny: to try this script")
-    for hidden in ("--worker", "--done", "--warm"):
+    for hidden in ("--step", "--work", "--events"):
         made.add_argument(hidden, help=argparse.SUPPRESS)
-    made.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)
+    made.add_argument("--target", action="append", help=argparse.SUPPRESS)
+    made.add_argument("--cpu", action="store_true", help=argparse.SUPPRESS)
     return made
+
+
+def gpu_is_here() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run everything; the exit status."""
     args = parser().parse_args(arguments)
-    if args.worker:
-        return worker(args)
-    if args.warm:
-        return warm(args)
-    if not args.dry and not torch.cuda.is_available():
+    if args.step or args.target:
+        from .gpu import steps
+
+        if args.target:
+            return steps.target(args.target, args.dry, args.also)
+        files = Path(args.work), Path(args.events)
+        status = steps.worker(args.step, *files, args.dry, args.also, gpu=not args.cpu)
+        sys.stdout.flush()
+        os._exit(status)  # the next step waits: no time to take a context apart
+    run = Run(args)
+    run.prepare(run.slots[0].step)  # it imports torch while this process does
+    if not args.dry and not gpu_is_here():
+        run.ready[run.slots[0].step.name].stop()
         print("run_gpu: torch sees no GPU here; --dry tries the script on the CPU")
         return 2
-    run = Run(args)
-    run.say(", ".join(f"{k} {v}" for k, v in run.environment.items()))
+    print("\n".join(run.results.plan), flush=True)
     try:
         with terminated_as_interrupted():
-            # The tests and compilers may have three eighths of the time, not more.
-            run.test_and_warm(0.375 * run.left())
-            run.benchmark(run.end - CLOSING)
+            run.run()
     except KeyboardInterrupt:
-        run.failed["run"] = {"failed": "interrupted"}
+        run.results.failed["run"] = {"failed": "interrupted"}
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        run.results.failed["run"] = {"failed": why, "log": traceback.format_exc()}
     finally:
-        run.save()
-    run.say(f"{len(run.rows)} rows in {harness.clean(str(run.out))}")
-    if run.skipped():
-        run.say(f"no time for: {'; '.join(run.skipped())}")
-    for name, event in run.failed.items():
-        run.say(f"no number: {name}: {event['failed']}")
-    run.say(f"tests: {run.tests['summary']}; {'all good' if run.good() else 'NOT all good'}")
-    return 0 if run.good() else 1
+        run.close()
+    return 0 if run.results.good() else 1
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import bench_models, bench_ops, harness, rivals, run_gpu
+from benchmarks import bench_models, bench_ops, harness, rivals
 from fastdiff import ops
 from fastdiff_kernels import _register
 
@@ -241,6 +239,28 @@ def test_the_rule_refuses_a_wrong_result(spoil: harness.Call, message: str) -> N
         harness.check(wrong, case.inputs, case.dys, truth)
 
 
+def test_references_of_float32_take_no_tf32() -> None:
+    """cuDNN convolves in TF32 by default, a thousand times less exact."""
+    flags = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [flag.allow_tf32 for flag in flags]
+    seen = []
+
+    def call(x: Tensor) -> Tensor:
+        seen.append((x.dtype, [flag.allow_tf32 for flag in flags]))
+        return 2 * x
+
+    inputs, dys = [torch.randn(4, requires_grad=True)], [torch.ones(4)]
+    try:
+        torch.backends.cudnn.allow_tf32 = True
+        harness.check(call, inputs, dys, [2 * inputs[0].detach().double(), 2 * dys[0].double()])
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
+    assert seen
+    assert all(not any(on) for dtype, on in seen if dtype is torch.float32)
+
+
 def test_a_rival_may_be_imprecise_but_not_something_else() -> None:
     truth = [torch.randn(100, dtype=torch.float64), None]
     harness.check_rival([truth[0].bfloat16(), None], truth)
@@ -453,6 +473,22 @@ def test_goals() -> None:
     assert missed == "missed: floor 0.70 < 0.75, memory 0.90 > 0.8"
 
 
+def test_the_share_of_a_goal_is_that_of_the_furthest() -> None:
+    assert bench_ops.share([("floor", 0.6, 0.75, True), ("eager", 8, 4, True)]) == pytest.approx(
+        0.8
+    )
+    assert bench_ops.share([("memory", 0.4, 0.8, False)]) == 2
+
+
+def test_a_published_figure_stands_beside_the_row_that_it_is_for() -> None:
+    nhwc = bench_ops.group_norm(1, 16, 4, film=True)
+    what, value = bench_ops.figure_to_beat(nhwc, "forward") or ("", 0)
+    assert value == 0.9
+    assert "sglang" in what
+    assert bench_ops.figure_to_beat(nhwc, "backward") is None
+    assert bench_ops.figure_to_beat(bench_ops.group_norm(1, 16, 4, nchw=True), "forward") is None
+
+
 def test_the_table_has_every_row_and_every_failure() -> None:
     rows = [
         {"case": "op a", "direction": "forward", "us": 1234.5, "of_floor": 0.815, "best": "flex"},
@@ -472,119 +508,3 @@ def test_nothing_names_a_place_of_this_machine() -> None:
     text = harness.clean(f"{harness.ROOT}/benchmarks/harness.py, /opt/x/y.py; a/b; 3/4 /tmp/z")
     assert text == "benchmarks/harness.py, .../y.py; a/b; 3/4 .../z"
     assert not [v for v in harness.environment(CPU).values() if "/" in str(v)[:1]]
-
-
-# The command for the GPU
-
-
-XDIST = """
-[gw0] [  1%] PASSED tests/a.py::test_x[a b]
-tests/a.py::test_y
-[gw1] [ 50%] FAILED tests/a.py::test_y
-[gw1] [ 75%] SKIPPED tests/a.py::test_z
-[gw1] [ 99%] ERROR tests/a.py::test_x[a b]
-= short test summary info =
-FAILED tests/a.py::test_y - Error
-"""
-PLAIN = """
-tests/a.py::test_x[a b] PASSED                 [ 50%]
-tests/a.py::test_y SKIPPED (no reason)         [100%]
-"""
-
-
-def test_what_pytest_said() -> None:
-    found = run_gpu.judge(XDIST, 1)
-    assert found["summary"] == "1 error, 1 failed, 1 skipped"
-    assert found["failed"] == ["tests/a.py::test_x[a b]", "tests/a.py::test_y"]
-    assert not found["good"]
-    found = run_gpu.judge(PLAIN, 0)
-    assert (found["summary"], found["good"]) == ("1 passed, 1 skipped", True)
-    assert run_gpu.judge(PLAIN, None)["summary"].endswith("stopped for time")
-    assert not run_gpu.judge(PLAIN, None)["good"]
-    assert not run_gpu.judge("", 5)["good"]
-
-
-WORKER = """
-import json, os, sys, time
-events, done = sys.argv[1], json.load(open(sys.argv[2]))
-def tell(**event):
-    with open(events, "a") as file:
-        file.write(json.dumps(event) + "\\n")
-for name in "abcd":
-    if name in done:
-        continue
-    tell(begin=name)
-    if name == "b":
-        os._exit(7)
-    if name == "c":
-        time.sleep(60)
-    tell(name=name, rows=[{"case": name, "direction": "forward", "us": 1.0}])
-"""
-
-
-def test_a_crash_and_a_hang_cost_one_case_each(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    jobs = [run_gpu.Job(name, TINY["dwconv_gelu"], 1.0) for name in "abcd"]
-    monkeypatch.setattr(run_gpu, "jobs", lambda dry: jobs)
-    monkeypatch.setattr(run_gpu.Run, "describe", lambda self: {"gpu": "NVIDIA Test 1"})
-
-    def start(self: run_gpu.Run, *arguments: str, **_: object) -> run_gpu.Process:
-        rest = [arguments[arguments.index(flag) + 1] for flag in ("--worker", "--done")]
-        command = [sys.executable, "-c", WORKER, *rest]
-        return run_gpu.Process(command, run_gpu.environment(), self.folder / "output")
-
-    monkeypatch.setattr(run_gpu.Run, "start", start)
-    run = run_gpu.Run(run_gpu.parser().parse_args(["--dry", "--out", str(tmp_path)]))
-    run.benchmark(time.time() + 30)
-    assert [row["case"] for row in run.rows] == ["a", "d"]
-    assert "status 7" in run.failed["b"]["failed"]
-    assert run.failed["c"]["failed"] == "stopped after the 1 s it may take"
-    assert not run.good()
-    (path,) = tmp_path.glob("nvidia-test-1-*.json")
-    assert [row["case"] for row in json.loads(path.read_text())["rows"]] == ["a", "d"]
-    text = path.with_suffix(".md").read_text()
-    assert "# NVIDIA Test 1" in text
-    assert "- b: the process ended" in text
-
-
-def test_time_that_is_over_leaves_cases_out_and_fails_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run_gpu.Run, "describe", lambda self: {"gpu": "x"})
-    run = run_gpu.Run(run_gpu.parser().parse_args(["--dry", "--out", str(tmp_path)]))
-    run.benchmark(time.time() - 1)
-    assert run.skipped() == [job.name for job in run_gpu.jobs(True)]
-    assert not run.failed
-
-
-def test_every_job_has_a_name_of_its_own() -> None:
-    for dry in (False, True):
-        names = [job.name for job in run_gpu.jobs(dry)]
-        assert len(set(names)) == len(names)
-        models, single = (
-            (bench_models.TINY, bench_ops.TINY) if dry else (bench_models.GPU, bench_ops.GPU)
-        )
-        assert len(names) == len(models) + len(single)
-
-
-@pytest.mark.slow
-def test_the_command_from_end_to_end(tmp_path: Path) -> None:
-    test = tmp_path / "test_one.py"
-    test.write_text("def test_one():\n    pass\n")
-    command = [sys.executable, "-m", "benchmarks.run_gpu", "--dry", "--minutes", "2"]
-    done = subprocess.run(
-        [*command, "--tests", str(test), "--out", str(tmp_path / "out")],
-        cwd=harness.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = (tmp_path / "out").glob("cpu-*.json")
-    found = json.loads(path.read_text())
-    assert found["good"] is True
-    assert found["tests"]["counts"] == {"PASSED": 1}
-    assert not found["skipped"]
-    assert {row["case"] for row in found["rows"]} == {job.name for job in run_gpu.jobs(True)}
-    assert "all good" in done.stdout.splitlines()[-1]
