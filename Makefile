@@ -108,8 +108,6 @@ bench-full: $(STAMP)  ## the paper's shapes and torch.compile, for hours, into b
 bench-guard: $(STAMP)  ## a few ops and models, held against this machine's baseline
 	$(call step,speed against eager,KINETO_LOG_LEVEL=99 $(PY) -m benchmarks.guard)
 
-# With the python that PYTHON names, else with .venv where it is there; they make none.
-ANYPY = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(PY)),$(PYTHON),python3),$(PYTHON))
 bench-gpu:  ## on this machine's GPU, in 8 minutes: every op checked and timed, tests, rivals, training
 	@PYTHONPATH=.:kernels $(ANYPY) -m benchmarks.run_gpu $(BENCH)
 

@@ -32,6 +32,7 @@ from fastdiff.models.ascend import ASCEND
 from fastdiff.models.iuvit import Block, IUViTConfig, block_class
 from fastdiff.nn import PlainSwinLayer, ResBlock, SwinBlock
 from fastdiff.ops import backend
+from fastdiff_kernels import _numerics
 
 from . import harness, rivals, twins
 from .bench_ops import Options, mib, share, verdict
@@ -328,8 +329,8 @@ class Problem:
         name, theirs = found
         with torch.no_grad(), rivals.plain():
             pair = theirs(*self.arguments), self.module(*self.arguments)
-        apart = float(harness.rms(pair[0].double() - pair[1].double()))
-        if not apart <= 1e-2 * float(harness.rms(pair[1].double())):
+        apart = float(_numerics.rms(pair[0].double() - pair[1].double()))
+        if not apart <= 1e-2 * float(_numerics.rms(pair[1].double())):
             raise Refused(f"{name} computes something else: RMS {apart:.2g}")
         return {name: Contestant(theirs, weights=theirs)}
 
@@ -400,11 +401,11 @@ class Problem:
         with backend("reference"), cudnn, harness.no_tf32(), torch.no_grad():
             truth = exact(*_widened(self.arguments, wide)).double()
         del exact
-        unit = harness.UNIT[self.case.dtype]
-        allowed = 1.5 * harness.rms(plain - truth) + unit * harness.rms(truth)
+        unit = _numerics.UNIT[self.case.dtype]
+        allowed = 1.5 * _numerics.rms(plain - truth) + unit * _numerics.rms(truth)
         if wide is self.case.dtype:
-            allowed = allowed + 16 * unit * harness.rms(truth)  # the truth is no better
-        ratio = float(harness.rms(mine - truth) / allowed)
+            allowed = allowed + 16 * unit * _numerics.rms(truth)  # the truth is no better
+        ratio = float(_numerics.rms(mine - truth) / allowed)
         if not ratio <= 1:
             raise Refused(f"error is {ratio:.2f} times what is allowed")
         grads = zip(self.training(ours)(), self.training(eager)(), strict=True)

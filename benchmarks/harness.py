@@ -491,7 +491,7 @@ def check_rival(got: Sequence[Any], truth: Sequence[Any], allowed: float = 0.1) 
             if a is not b:
                 raise ValueError(f"tensor {index}: no gradient")
             continue
-        error, size = float(rms(a.double() - b)), float(rms(b))
+        error, size = float(_numerics.rms(a.double() - b)), float(_numerics.rms(b))
         if not error <= allowed * size + 1e-12:
             raise ValueError(f"wrong: tensor {index} has relative error {error / (size or 1):.2g}")
 
