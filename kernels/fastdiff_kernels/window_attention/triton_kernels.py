@@ -64,9 +64,12 @@ def _tokens(
     """Of tokens o_t of a window: the pixel, whether there is one, the region.
 
     Tokens see each other where their regions are equal, so each sees at least itself: the four
-    parts of a window that the roll put together, padding that is masked, and the tile's overhang.
+    parts of a window that the roll put together, and padding that is masked. The tile's overhang
+    has the place and the region of the last token, but is not inside; `_bias` excludes its keys.
     """
     down, across = tl.cdiv(H, h), tl.cdiv(W, w)
+    inside = o_t < h * w
+    o_t = tl.minimum(o_t, h * w - 1)
     i_image, i_in = i_window // (down * across), i_window % (down * across)
     i_down, i_across = i_in // across, i_in % across
     y, x = i_down * h + o_t // w, i_across * w + o_t % w
@@ -79,13 +82,21 @@ def _tokens(
         # through the loop over windows, as a mask of the tokens would.
         torn_y = tl.where(i_down == down - 1, h - shift_h, h)
         torn_x = tl.where(i_across == across - 1, w - shift_w, w)
-        region = 2 * (o_t // w >= torn_y).to(tl.int32) + (o_t % w >= torn_x).to(tl.int32)
-    inside = o_t < h * w
+        region = 2 * (o_t >= torn_y * w).to(tl.int32) + (o_t % w >= torn_x).to(tl.int32)
     if PADDED:
-        inside = inside & (y < H) & (x < W)
+        # Rows and columns of the window that lie beyond the map, counted from its first: again
+        # thresholds of the window, because each thread has many tokens among its keys.
+        first_y, first_x = H - i_down * h, W - i_across * w
+        if ROLLED:
+            first_y, first_x = first_y - shift_h, first_x - shift_w
+            beyond = (o_t >= first_y * w) & (o_t < (first_y + down * h - H) * w)
+            beyond |= (o_t % w >= first_x) & (o_t % w < first_x + across * w - W)
+        else:
+            beyond = (o_t >= first_y * w) | (o_t % w >= first_x)
+        on_map = ~beyond
+        inside = inside & on_map
         if not VALUE:
-            region = tl.where(inside, region, 4)
-    region = tl.where(o_t < h * w, region, 5)
+            region = tl.where(on_map, region, 4)
     pixel = (i_image * H + y).to(tl.int64) * W + x
     return pixel, inside, region
 
@@ -146,16 +157,25 @@ def _keys(
 
 
 @triton.jit
-def _bias(table, o_q, o_k, i_head, h: tl.constexpr, w: tl.constexpr, HEADS: tl.constexpr):
-    """log2(e) times the bias of queries o_q and keys o_k, which broadcast; None without a table."""
-    if table is None:
-        bias = None
-    else:
-        o_q, o_k = tl.minimum(o_q, h * w - 1), tl.minimum(o_k, h * w - 1)
-        row_q = o_q // w * (2 * w - 1) + o_q % w + (h - 1) * (2 * w - 1) + w - 1
-        row_k = o_k // w * (2 * w - 1) + o_k % w
+def _bias(
+    table, o_q, o_k, i_head,
+    h: tl.constexpr, w: tl.constexpr, HEADS: tl.constexpr, OVERHANG: tl.constexpr,
+):  # fmt: skip
+    """log2(e) times the bias of queries o_q and keys o_k, which broadcast; -inf for keys of the
+    tiles' overhang, which takes no instruction in the loop over windows. None if it is 0."""
+    if table is not None:
+        last: tl.constexpr = h * w - 1
+        t_q, t_k = tl.minimum(o_q, last), tl.minimum(o_k, last)
+        row_q = t_q // w * (2 * w - 1) + t_q % w + (h - 1) * (2 * w - 1) + w - 1
+        row_k = t_k // w * (2 * w - 1) + t_k % w
         p_bias = table + (row_q - row_k) * HEADS + i_head
         bias = tl.load(p_bias).to(tl.float32) * LOG2_E
+        if OVERHANG:
+            bias = tl.where(o_k < h * w, bias, float("-inf"))
+    elif OVERHANG:
+        bias = tl.where(o_k < h * w, 0.0, float("-inf"))
+    else:
+        bias = None
     return bias
 
 
@@ -195,13 +215,14 @@ def window_attention_forward(
     """Reads q, k, v once, writes the result: 4 e. A program: one head, one tile of queries."""
     C: tl.constexpr = HEADS * D
     WHOLE: tl.constexpr = not PADDED and T * BLOCKS == h * w
-    TORN: tl.constexpr = ROLLED or T * BLOCKS != h * w or (PADDED and not VALUE)
+    TORN: tl.constexpr = ROLLED or (PADDED and not VALUE)
+    OVERHANG: tl.constexpr = T * BLOCKS != h * w
     i_head = tl.program_id(0) % HEADS
     o_q = tl.program_id(0) // HEADS % BLOCKS * T + tl.arange(0, T)
     o_d = tl.arange(0, DP)
     i_k, i_v = C + i_head * D, 2 * C + i_head * D
     if BLOCKS == 1:
-        whole_bias = _bias(table, o_q[:, None], o_q[None, :], i_head, h, w, HEADS)
+        whole_bias = _bias(table, o_q[:, None], o_q[None, :], i_head, h, w, HEADS, OVERHANG)
     for i_window in range(tl.program_id(0) // (HEADS * BLOCKS), windows, groups):
         pixel, inside, region = _tokens(
             i_window, o_q, H, W, shift_h, shift_w, h, w, ROLLED, PADDED, VALUE
@@ -221,7 +242,7 @@ def window_attention_forward(
             if BLOCKS == 1:
                 bias = whole_bias
             else:
-                bias = _bias(table, o_q[:, None], o_k[None, :], i_head, h, w, HEADS)
+                bias = _bias(table, o_q[:, None], o_k[None, :], i_head, h, w, HEADS, OVERHANG)
             s = _scores(q, k, bias, q_pad, padding, region, region_k, scale, TORN)
             higher = tl.maximum(top, tl.max(s, 1))
             shrink = tl.exp2(top - higher)
@@ -249,13 +270,14 @@ def window_attention_backward(
     """
     C: tl.constexpr = HEADS * D
     WHOLE: tl.constexpr = not PADDED and T == h * w
-    TORN: tl.constexpr = ROLLED or T != h * w or (PADDED and not VALUE)
+    TORN: tl.constexpr = ROLLED or (PADDED and not VALUE)
+    OVERHANG: tl.constexpr = T != h * w
     i_head = tl.program_id(0) % HEADS
     o_t, o_d = tl.arange(0, T), tl.arange(0, DP)
     i_k, i_v = C + i_head * D, 2 * C + i_head * D
-    bias = _bias(table, o_t[:, None], o_t[None, :], i_head, h, w, HEADS)
+    bias = _bias(table, o_t[:, None], o_t[None, :], i_head, h, w, HEADS, OVERHANG)
     sum_bias = tl.zeros([T, T], tl.float32)
-    sum_dk, sum_dv = tl.zeros([DP], tl.float32), tl.zeros([DP], tl.float32)
+    sum_dk, sum_dv = tl.zeros([T, DP], tl.float32), tl.zeros([T, DP], tl.float32)
     # Addresses are worked out again for each window: there are no registers to keep them in.
     for i_window in tl.range(tl.program_id(0) // HEADS, windows, groups, disable_licm=True):
         pixel, inside, region = _tokens(
@@ -278,9 +300,9 @@ def window_attention_backward(
         ds = p_dp - p * tl.sum(p_dp, 1)[:, None]
         if pad is not None:
             ds_pad = _on_padding(ds, padding)
-        if d_pad is not None:
-            sum_dk += tl.sum(ds_pad[:, None] * q.to(tl.float32), 0)
-            sum_dv += tl.sum(_on_padding(p, padding)[:, None] * dout.to(tl.float32), 0)
+        if d_pad is not None:  # the sum over tokens is taken behind the loop
+            sum_dk += ds_pad[:, None] * q.to(tl.float32)
+            sum_dv += _on_padding(p, padding)[:, None] * dout.to(tl.float32)
         if dqkv is not None:
             # One product at a time, stored before the next: registers.
             dv = dot(tl.trans(round_to(p, q.dtype)), dout)
@@ -299,8 +321,8 @@ def window_attention_backward(
         p_bias = d_bias + i_program.to(tl.int64) * (T * T)
         tl.store(p_bias + o_t[:, None] * T + o_t[None, :], sum_bias)
     if d_pad is not None:
-        tl.store(d_pad + i_program * (2 * DP) + o_d, sum_dk * scale)
-        tl.store(d_pad + i_program * (2 * DP) + DP + o_d, sum_dv)
+        tl.store(d_pad + i_program * (2 * DP) + o_d, tl.sum(sum_dk, 0) * scale)
+        tl.store(d_pad + i_program * (2 * DP) + DP + o_d, tl.sum(sum_dv, 0))
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -319,7 +341,8 @@ def window_attention_backward_queries(
     """
     C: tl.constexpr = HEADS * D
     WHOLE: tl.constexpr = not PADDED and T * BLOCKS == h * w
-    TORN: tl.constexpr = ROLLED or T * BLOCKS != h * w or (PADDED and not VALUE)
+    TORN: tl.constexpr = ROLLED or (PADDED and not VALUE)
+    OVERHANG: tl.constexpr = T * BLOCKS != h * w
     i_head = tl.program_id(0) % HEADS
     o_q = tl.program_id(0) // HEADS % BLOCKS * T + tl.arange(0, T)
     o_d = tl.arange(0, DP)
@@ -343,7 +366,7 @@ def window_attention_backward_queries(
                 qkv, i_window, o_k, i_head, H, W, shift_h, shift_w,
                 HEADS, D, DP, h, w, ROLLED, PADDED, VALUE, WHOLE,
             )  # fmt: skip
-            bias = _bias(table, o_q[:, None], o_k[None, :], i_head, h, w, HEADS)
+            bias = _bias(table, o_q[:, None], o_k[None, :], i_head, h, w, HEADS, OVERHANG)
             s = _scores(q, k, bias, q_pad, padding, region, region_k, scale, TORN)
             higher = tl.maximum(top, tl.max(s, 1))
             shrink = tl.exp2(top - higher)
@@ -367,7 +390,7 @@ def window_attention_backward_queries(
                     qkv, i_window, o_k, i_head, H, W, shift_h, shift_w,
                     HEADS, D, DP, h, w, ROLLED, PADDED, VALUE, WHOLE,
                 )  # fmt: skip
-                bias = _bias(table, o_q[:, None], o_k[None, :], i_head, h, w, HEADS)
+                bias = _bias(table, o_q[:, None], o_k[None, :], i_head, h, w, HEADS, OVERHANG)
                 s = _scores(q, k, bias, q_pad, padding, region, region_k, scale, TORN)
                 p = tl.exp2(s - top[:, None]) * share[:, None]
                 ds = p * (_products(dout, v, dout_pad, padding) - delta[:, None])
@@ -399,7 +422,8 @@ def window_attention_backward_keys(
     """Windows of several tiles, one tile of keys: dk, dv. Those of padding go nowhere."""
     C: tl.constexpr = HEADS * D
     WHOLE: tl.constexpr = not PADDED and T * BLOCKS == h * w
-    TORN: tl.constexpr = ROLLED or T * BLOCKS != h * w or (PADDED and not VALUE)
+    TORN: tl.constexpr = ROLLED or (PADDED and not VALUE)
+    OVERHANG: tl.constexpr = T * BLOCKS != h * w
     i_head = tl.program_id(0) % HEADS
     o_k = tl.program_id(0) // HEADS % BLOCKS * T + tl.arange(0, T)
     o_d = tl.arange(0, DP)
@@ -421,7 +445,7 @@ def window_attention_backward_keys(
             dout = _load(dy + pixel * C + i_head * D, inside, o_d, D, WHOLE)
             o_row = (tl.cast(i_window, tl.int64) * HEADS + i_head) * (BLOCKS * T) + o_q
             # Keys down, queries across: p and ds are the left operands of dv and dk as they stand.
-            bias = _bias(table, o_q[None, :], o_k[:, None], i_head, h, w, HEADS)
+            bias = _bias(table, o_q[None, :], o_k[:, None], i_head, h, w, HEADS, OVERHANG)
             s = _scores(k, q, bias, None, None, region_k, region, scale, TORN)
             p = tl.exp2(s - tl.load(rows_top + o_row)[None, :])
             p = p * tl.load(rows_share + o_row)[None, :]
@@ -444,7 +468,8 @@ def window_attention_backward_bias(
     """Windows of several tiles, one tile of (query, key) pairs, one part of d_bias."""
     C: tl.constexpr = HEADS * D
     WHOLE: tl.constexpr = not PADDED and T * BLOCKS == h * w
-    TORN: tl.constexpr = ROLLED or T * BLOCKS != h * w or (PADDED and not VALUE)
+    TORN: tl.constexpr = ROLLED or (PADDED and not VALUE)
+    OVERHANG: tl.constexpr = T * BLOCKS != h * w
     i_head = tl.program_id(0) % HEADS
     i_tile = tl.program_id(0) // HEADS % (BLOCKS * BLOCKS)
     i_group = tl.program_id(0) // (HEADS * BLOCKS * BLOCKS)
@@ -452,7 +477,7 @@ def window_attention_backward_bias(
     o_k = i_tile % BLOCKS * T + tl.arange(0, T)
     o_d = tl.arange(0, DP)
     i_k, i_v = C + i_head * D, 2 * C + i_head * D
-    bias = _bias(table, o_q[:, None], o_k[None, :], i_head, h, w, HEADS)
+    bias = _bias(table, o_q[:, None], o_k[None, :], i_head, h, w, HEADS, OVERHANG)
     total = tl.zeros([T, T], tl.float32)
     for i_window in range(i_group, windows, groups):
         pixel, inside, region = _tokens(
@@ -480,26 +505,27 @@ def window_attention_backward_bias(
 @triton.jit(do_not_specialize=["groups"])
 def window_attention_reduce_bias(
     d_bias, d_table, groups,
-    HEADS: tl.constexpr, h: tl.constexpr, w: tl.constexpr, hP: tl.constexpr, wP: tl.constexpr,
+    HEADS: tl.constexpr, h: tl.constexpr, w: tl.constexpr, wP: tl.constexpr,
     N: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """A row of the table, of one head: adds d_bias (groups, HEADS, N, N) up over groups and pairs.
 
     The row has one difference dy of query and key rows. A step takes R pairs (group, query row),
-    each w x w; in the end the diagonals of the sum are the row's 2w - 1 differences of columns.
+    each w x w. The sum over the R places, and of the diagonals that make the row's 2w - 1
+    differences of columns, is taken behind the loop: it needs other threads.
     """
     i_head, dy = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS - (h - 1)
     o_r, o_q, o_k = tl.arange(0, R), tl.arange(0, wP), tl.arange(0, wP)
+    within = (o_q[:, None] < w) & (o_k[None, :] < w)
     pair = o_q[:, None] * N + o_k[None, :]
-    total = tl.zeros([wP, wP], tl.float32)
-    for start in range(0, groups * hP, R):
-        i_group, row_q = (start + o_r) // hP, (start + o_r) % hP
-        row_k = row_q - dy
-        valid = (i_group < groups) & (row_q < h) & (row_k >= 0) & (row_k < h)
-        at = (i_group * HEADS + i_head).to(tl.int64) * (N * N) + (row_q * w) * N + row_k * w
-        mask = valid[:, None, None] & ((o_q[:, None] < w) & (o_k[None, :] < w))[None]
-        tile = tl.load(d_bias + at[:, None, None] + pair[None], mask=mask, other=0.0)
-        total += tl.sum(tile, 0)
+    rows, first = h - tl.abs(dy), tl.maximum(dy, 0)  # query rows whose key row is in the window
+    totals = tl.zeros([R, wP, wP], tl.float32)
+    for start in range(0, groups * rows, R):
+        i_group, row_q = (start + o_r) // rows, (start + o_r) % rows + first
+        at = (i_group * HEADS + i_head).to(tl.int64) * (N * N) + row_q * w * N + (row_q - dy) * w
+        mask = (i_group < groups)[:, None, None] & within[None]
+        totals += tl.load(d_bias + at[:, None, None] + pair[None], mask=mask, other=0.0)
+    total = tl.sum(totals, 0)
     o_x = tl.arange(0, 2 * wP)
     same = o_q[:, None] - o_k[None, :] + (w - 1)
     picked = tl.where(same[None] == o_x[:, None, None], total[None], 0.0)
@@ -519,14 +545,14 @@ def window_attention_reduce_pad(
     """
     i_head, i_part = tl.program_id(0) // 3, tl.program_id(0) % 3
     o_r, o_d = tl.arange(0, R), tl.arange(0, DP)
-    total = tl.zeros([DP], tl.float32)
+    totals = tl.zeros([R, DP], tl.float32)
     if i_part > 0:
         for start in range(0, rows, R):
             row = (start + o_r)[:, None]
             at = ((row * HEADS + i_head) * 2 + i_part - 1) * DP + o_d[None, :]
-            total += tl.sum(tl.load(d_pad + at, mask=row < rows, other=0.0), 0)
+            totals += tl.load(d_pad + at, mask=row < rows, other=0.0)
     p_part = d_pad_qkv + i_part * (HEADS * D) + i_head * D + o_d
-    tl.store(p_part, round_to(total, d_pad_qkv.dtype.element_ty), mask=o_d < D)
+    tl.store(p_part, round_to(tl.sum(totals, 0), d_pad_qkv.dtype.element_ty), mask=o_d < D)
 
 
 def supports(
@@ -570,8 +596,18 @@ def _problem(
     }
 
 
-def _plan(kernel: str, qkv: Tensor, problem: dict[str, Any], tiles: int) -> tuple[int, Any]:
-    """How many programs share the windows of one head and tile; warps and stages."""
+def _plan(
+    kernel: str, qkv: Tensor, problem: dict[str, Any], tiles: int, vector: bool = False
+) -> tuple[int, Any]:
+    """How many programs share the windows of one head and tile; warps and stages.
+
+    Args:
+        kernel: its name without "window_attention_".
+        qkv: the call's.
+        problem: what `_problem` gives.
+        tiles: programs of one head and one share of the windows.
+        vector: whether padded positions have one.
+    """
     T, BLOCKS, DP, size = problem["T"], problem["BLOCKS"], problem["DP"], qkv.element_size()
     masked = problem["PADDED"] or T * BLOCKS != problem["h"] * problem["w"]
     chip = _launch.chip(qkv.device)
@@ -586,10 +622,12 @@ def _plan(kernel: str, qkv: Tensor, problem: dict[str, Any], tiles: int) -> tupl
     elif kernel == "backward" and T == 64:
         # Scores, gradients and two T x T tiles of the bias fill four warps' registers.
         hopper = chip.family in ("sm_90", "sm_100")
-        warps, stages = (4, 3) if hopper and DP <= 64 and not masked else (8, 1)
+        warps, stages = (8, 1)
+        if hopper and DP <= 64 and not vector and (chip.family == "sm_90" or not masked):
+            warps, stages = 4, 2 if problem["PADDED"] else 3
     resident = 16 if kernel == "forward" else 8  # warps of a multiprocessor
     default = {"num_warps": warps, "num_stages": stages, "programs": resident // warps}
-    key = (T, BLOCKS, DP, size, int(masked))
+    key = (T, BLOCKS, DP, size, int(masked) + int(vector))
     config = dict(_launch.config(f"window_attention_{kernel}", key, chip, default))
     groups = config.pop("programs") * chip.processors // (problem["HEADS"] * tiles)
     return max(1, min(problem["windows"], groups)), config
@@ -669,7 +707,7 @@ def _run_backward(
     d_bias = d_pad = None
     if blocks == 1:
         del shared["BLOCKS"]
-        groups, config = _plan("backward", qkv, problem, 1)
+        groups, config = _plan("backward", qkv, problem, 1, pad is not None)
         d_bias = parts(d_table, groups, heads, N, N)
         d_pad = parts(d_pad_qkv, groups, heads, 2, DP)
         out: dict[str, Any] = {"pad": pad, "dqkv": d_qkv, "d_bias": d_bias, "d_pad": d_pad}
@@ -707,11 +745,12 @@ def _run_backward(
                 **config,
             )
     if d_bias is not None:
-        hP, wP = _launch.power_of_two(h), _launch.power_of_two(w)
-        sizes = {"HEADS": heads, "h": h, "w": w, "hP": hP, "wP": wP, "N": N, "R": 4096 // wP**2}
+        wP = _launch.power_of_two(w)
+        # Few steps with many loads each: a step waits for memory.
+        sizes = {"HEADS": heads, "h": h, "w": w, "wP": wP, "N": N, "R": 8192 // wP**2}
         out = {"d_bias": d_bias, "d_table": d_table, "groups": d_bias.shape[0]}
         _launch.launch(
-            window_attention_reduce_bias, (heads * (2 * h - 1),), **out, **sizes, num_warps=4
+            window_attention_reduce_bias, (heads * (2 * h - 1),), **out, **sizes, num_warps=16
         )
     if d_pad is not None:
         sizes = {"HEADS": heads, "D": problem["D"], "DP": DP, "R": 64}
