@@ -69,9 +69,9 @@ def kernel(
         forward: takes (results, *arguments) and fills every result.
         backward: takes (gradients, *gradients of the returned results, *saved, *arguments that are
             no tensors). `gradients` has one tensor to fill for each tensor argument in order, or
-            None for one that needs no gradient, which should cost nothing; they are contiguous,
-            those of channels_last images channels_last. A result that was not used has the
-            gradient None; the others come with any strides.
+            None for one that needs no gradient, which should cost nothing. Vectors and matrices
+            are contiguous, whatever the strides of their argument; others have its strides. A
+            result that was not used has the gradient None; the others come with any strides.
         saves: arguments and results, by name, that backward reads.
         grad_like: for a tensor argument that is not saved, the saved name that has its shape, dtype
             and memory format.
@@ -376,8 +376,8 @@ class _Memo:
 
 
 def _gradient_like(tensor: Tensor) -> Tensor:
-    """To be filled with its gradient: whatever the tensor's strides, kernels write whole rows."""
-    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+    """To be filled with its gradient: a map in the tensor's format, vectors in whole rows."""
+    if tensor.dim() > 2:
         return torch.empty_like(tensor)
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 

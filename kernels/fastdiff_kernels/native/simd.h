@@ -523,8 +523,12 @@ FASTDIFF_INLINE X normal_cdf(X x) {
   p = p * s + -0.03834661841f;
   p = p * s + 0.04698066413f;
   p = p * s + -0.06305126101f;
-  p = p * s + 0.1262595952f;
-  return lanes([](V v) { return at_least(0.f, v); }, x * p + 0.5f);
+  // The last step with what its rounding takes away: in the negative tail that is most of the
+  // error.
+  const X last = p * s + 0.1262595952f;
+  const X rest = p * s + (0.1262595952f - last);
+  return lanes([](V held, V v) { return held <= -5.6f ? all(0.f) : at_least(0.f, v); }, x,
+               x * rest + (x * last + 0.5f));
 }
 
 // The normal density, to 1e-7 of its largest value: 2^t, t = -x^2 / (2 ln 2), from t's nearest
