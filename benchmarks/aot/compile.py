@@ -9,6 +9,7 @@ own process along.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,6 +17,8 @@ import re
 import resource
 import signal
 import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,14 +68,22 @@ def compile_form(form: Form, family: str, kernel: Any = None) -> Verdict:
         kernel: the function, where no module of the form's name holds it.
     """
     before = _seconds()
+    said: list[str] = []
     try:
         target = target_of(family)
         kernel = kernel or form.kernel()
         options, signature, constants, attributes = bind(form, target, kernel)
         source = ASTSource(kernel, signature, constants, attributes)
-        made = triton.compile(source, target=target, options=options.__dict__)
+        # A compile from Triton's own cache would be silent.
+        with triton.knobs.compilation.scope(), heard() as said:
+            triton.knobs.compilation.always_compile = True
+            made = triton.compile(source, target=target, options=options.__dict__)
     except Exception as error:
-        return Verdict(error=_brief(error), seconds=_seconds() - before)
+        text = f"{type(error).__name__}: {error}"
+        return Verdict(error=brief([*said, *text.splitlines()]), seconds=_seconds() - before)
+    # LLVM prints that it could not assemble a line, and goes on without it.
+    if any(line.startswith("error:") for line in said):
+        return Verdict(error=brief(said), seconds=_seconds() - before)
     if family.startswith("gfx"):
         registers, spilled = machine.amd_resources(made.asm["amdgcn"])
         return Verdict("", registers, spilled, made.metadata.shared, seconds=_seconds() - before)
@@ -90,15 +101,41 @@ def _seconds() -> float:
     return sum(u.ru_utime + u.ru_stime for u in used)
 
 
-def _brief(error: Exception) -> str:
-    """The first line of an error that says something, without places on this machine."""
-    lines = [line.strip() for line in f"{type(error).__name__}: {error}".splitlines()]
-    told = [line for line in lines if "error" in line.lower() or "Assertion" in line]
-    return re.sub(r"/\S*/", "", (told or lines)[0])[:300]
+@contextlib.contextmanager
+def heard(path: str | None = None) -> Iterator[list[str]]:
+    """Gather the lines that a compiler, which is no Python, writes to standard error."""
+    lines: list[str] = []
+    path = path or _heard
+    with open(path, "w+b") if path else tempfile.TemporaryFile() as file:
+        sys.stderr.flush()
+        before = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            file.seek(0)
+            lines += file.read().decode(errors="replace").splitlines()
+
+
+# Where a process that may crash leaves what its compiler writes.
+_heard: str | None = None
+
+
+def brief(lines: Sequence[str]) -> str:
+    """The line of an error that says most, without places on this machine."""
+    for mark in ("Assertion", "error:", "Error"):
+        if told := [line for line in lines if mark in line]:
+            text = told[0] if mark != "Assertion" else "Assertion" + told[0].split(mark)[-1]
+            return re.sub(r"/\S*/", "", text).strip()[:300]
+    return lines[0][:300] if lines else "no reason given"
 
 
 def main() -> None:
     """Answer jobs until there are no more."""
+    global _heard
+    _heard = sys.argv[1] if len(sys.argv) > 1 else None
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a compiler prints is no answer
     for line in sys.stdin:

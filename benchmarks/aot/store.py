@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.aot.compile import Verdict
+from benchmarks.aot.compile import Verdict, brief
 from benchmarks.aot.forms import Form, source_hash
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,22 +129,20 @@ class Compiler:
         self.by, self.path = by, path
         self.process: subprocess.Popen[str] | None = None
         self.cache = tempfile.TemporaryDirectory(prefix="aot-")
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.heard = Path(self.cache.name) / "heard"
 
     def start(self) -> subprocess.Popen[str]:
         first = [] if self.by.folder is None else [str(self.by.folder)]
         path = [*first, str(ROOT), str(ROOT / "kernels"), *self.path]
         variables = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
         variables |= {"PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": self.cache.name}
-        self.log.seek(0)
-        self.log.truncate()
         return subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.aot.compile"],
+            [sys.executable, "-m", "benchmarks.aot.compile", str(self.heard)],
             cwd=ROOT,
             env=variables | {"OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self.log,
+            stderr=subprocess.DEVNULL,
             text=True,
         )
 
@@ -163,10 +161,9 @@ class Compiler:
         if answer:
             return Verdict(**json.loads(answer))
         status = self.end()
-        self.log.seek(0)
-        said = [line.strip() for line in self.log.read().splitlines() if "Assertion" in line]
-        why = f": {said[-1].rpartition(': ')[2] or said[-1]}" if said else ""
-        return Verdict(error=f"the compiler ended with status {status}{why}"[:300])
+        said = self.heard.read_text(errors="replace") if self.heard.exists() else ""
+        why = brief(said.splitlines())
+        return Verdict(error=f"the compiler ended with status {status}: {why}"[:300])
 
     def end(self) -> int:
         """Let the process end, where there is one; its exit status."""
@@ -182,7 +179,6 @@ class Compiler:
     def close(self) -> None:
         self.end()
         self.cache.cleanup()
-        self.log.close()
 
 
 def verdicts(
