@@ -86,6 +86,7 @@ QUICK = (
     Cover(False, "gfx942", EVERY[:3], few=1),
 )
 # The chips of the machines that the tests run on first get all of them; under an hour on two cores.
+# AMD by the current version only: 3.6 cannot compile group norms with a skip (see its `supports`).
 FULL = (
     Cover(True, "sm_90", EVERY),
     Cover(False, "sm_90", ("presets", "autocast", "benchmarks", "tests")),
@@ -94,7 +95,6 @@ FULL = (
     Cover(False, "sm_80", EVERY[:3], few=6),
     Cover(True, "sm_100", EVERY[:3], few=6),
     Cover(False, "sm_100", EVERY[:3], few=6),
-    Cover(True, "gfx942", EVERY[:3], few=3),
     Cover(False, "gfx1100", EVERY[:3], few=6),
     Cover(False, "gfx1201", EVERY[:3], few=6),
 )

@@ -78,6 +78,13 @@ def chip(device: torch.device) -> Chip:
     return _cuda_chip(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def amd() -> bool:
+    """True where the chips are AMD's: the pretended one, or those of this build of PyTorch."""
+    if _pretended is not None:
+        return _pretended.family.startswith("gfx")
+    return torch.version.hip is not None
+
+
 @functools.cache
 def _cuda_chip(index: int) -> Chip:
     found = torch.cuda.get_device_properties(index)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
+import torch
 
 from fastdiff_kernels import _launch
 
@@ -27,3 +30,16 @@ def test_a_chip_of_amd_has_the_plans_of_its_generation(architecture: str, family
 def test_a_known_chip_of_amd_counts_its_infinity_cache() -> None:
     assert _launch._amd_chip("gfx942:xnack-", 304, 4 << 20) == _launch.CHIPS["gfx942"]
     assert _launch._amd_chip("gfx90a", 104, 8 << 20).l2 == 8 << 20
+
+
+@pytest.mark.parametrize(("family", "old", "taken"), [
+    ("gfx942", True, False), ("gfx942", False, True), ("sm_90", True, True),
+])  # fmt: skip
+def test_a_skip_on_amd_needs_a_new_triton(monkeypatch, family, old, taken) -> None:
+    norm = importlib.import_module("fastdiff_kernels.group_norm_silu.triton_kernels")
+    monkeypatch.setattr(norm, "_BEFORE_3_9", old)
+    x, weight = torch.empty(1, 4, 2, 2), torch.empty(8)
+    with _launch.pretend(_launch.CHIPS[family]):
+        assert norm.supports(x, weight[:4], weight[:4], 2, 1e-5, None, None, None, True) is None
+        why = norm.supports(x, weight, weight, 2, 1e-5, None, None, x, True)
+    assert (why is None) == taken
