@@ -259,15 +259,9 @@ def run(
                 text = f"{use.form.name} [{use.form.case}] ({use.form.types}; {of})"
                 wrong.append(f"{name}: {text}: {'; '.join(faults)}")
         of = ", ".join(cover.sources) + (f"; {cover.few} a kernel" if cover.few else "")
-        cells = (
-            by.version,
-            cover.family,
-            of,
-            found.uses.launches,
-            len(found.uses.found),
-            len(uses),
-        )
-        cells += (counts.compiled, counts.kept, f"{counts.seconds:.0f}", bad)
+        recorded_here = (found.uses.launches, len(found.uses.found), len(uses))
+        made_here = (counts.compiled, counts.kept, f"{counts.seconds:.0f}", bad)
+        cells = (by.version, cover.family, of, *recorded_here, *made_here)
         table.append(f"| {' | '.join(map(str, cells))} |")
         for refusal in sorted(found.uses.refused or ()):
             print(f"{cover.family} refuses {refusal}", file=sys.stderr)

@@ -317,13 +317,18 @@ def record_benchmarks(uses: Uses) -> None:
         # A window of several tiles, and padding that takes part: kernels that no case above needs.
         for window, side in ((16, 64), (8, 60)):
             dtype = torch.bfloat16
-            given = {
+            given: dict[str, Any] = {
                 "qkv": make(16, side, side, 3 * 384, dtype=dtype),
                 "bias_table": make((2 * window - 1) ** 2, 6, dtype=dtype),
                 "pad_qkv": make(3 * 384, dtype=dtype),
             }
             given = {name: tensor.requires_grad_() for name, tensor in given.items()}
-            how = {"heads": 6, "window_size": window, "shift": 4, "pad_mode": "value"}
+            how: dict[str, Any] = {
+                "heads": 6,
+                "window_size": window,
+                "shift": 4,
+                "pad_mode": "value",
+            }
             step(lambda: ops.window_attention(**given, **how), given.values())  # noqa: B023
     for one in made:
         uses.add(one, "benchmarks")

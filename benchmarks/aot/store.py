@@ -212,7 +212,8 @@ def verdicts(
     todo: queue.SimpleQueue[tuple[str, Job]] = queue.SimpleQueue()
     for key, same in sorted(missing.items(), key=lambda item: item[1][0].triton.version):
         todo.put((key, same[0]))
-    lock, errors = threading.Lock(), []
+    lock = threading.Lock()
+    errors: list[BaseException] = []
 
     def work() -> None:
         compiler: Compiler | None = None
