@@ -292,7 +292,8 @@ def record_benchmarks(uses: Uses) -> None:
         results = results if isinstance(results, tuple) else (results,)
         # An op's second result may be its input.
         outputs = [r for r in results if r.grad_fn is not None]
-        torch.autograd.grad(outputs, list(leaves), list(map(torch.empty_like, outputs)))
+        dys = list(map(torch.empty_like, outputs))
+        torch.autograd.grad(outputs, list(leaves), dys, allow_unused=True)
 
     with (
         _launch.pretend(_launch.CHIPS[uses.family]),

@@ -43,3 +43,13 @@ def test_a_skip_on_amd_needs_a_new_triton(monkeypatch, family, old, taken) -> No
         assert norm.supports(x, weight[:4], weight[:4], 2, 1e-5, None, None, None, True) is None
         why = norm.supports(x, weight, weight, 2, 1e-5, None, None, x, True)
     assert (why is None) == taken
+
+
+@pytest.mark.parametrize(("family", "taken"), [
+    ("gfx942", True), ("gfx1100", False), ("gfx1201", False), ("sm_80", True),
+])  # fmt: skip
+def test_windows_are_not_for_rdna(family, taken) -> None:
+    attention = importlib.import_module("fastdiff_kernels.window_attention.triton_kernels")
+    with _launch.pretend(_launch.CHIPS[family]):
+        form = torch.empty(1, 4, 4, 96), None, 2, (4, 4), (0, 0), None, 1.0, False
+        assert (attention.supports(*form) is None) == taken
