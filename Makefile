@@ -15,12 +15,22 @@ TORCH := 2.13.0
 PYTHON ?= $(firstword $(foreach p,python3 python3.11 python3.12 python3.13 python3.10 python3.14, \
   $(if $(shell $(p) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>&1 || echo no),,$(p))))
 
+OLD_TRITON := build/triton-3.6.0/.stamp
+# What `make gpu-cache` compiles with: Python 3.12 with torch and that version of Triton.
+PYTHON312 ?= python3.12
+CHIP ?= sm_90
+
 CPP := $(shell find kernels -name '*.cpp' -o -name '*.h')
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Two processes share the two cores of a small machine.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 INTERPRET := TRITON_INTERPRET=1
+# The python that PYTHON names, else that of .venv where it is there.
 ANYPY = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(PY)),$(PYTHON),python3),$(PYTHON))
+define newline
+
+
+endef
 # A named step that tells its time: $(call step,name,command)
 step = @echo "== $(1)"; start=$$SECONDS; \
   if $(2); then echo "== $(1): $$((SECONDS - start)) s"; \
@@ -37,13 +47,14 @@ demo-ascend: $(STAMP)  ## the same job with a small ASCEND
 
 ##@ Check
 
-.PHONY: test test-full test-gpu memcheck lint types layout unit interpreter aot sanitize
+.PHONY: test test-full test-gpu memcheck lint types layout unit interpreter interpreter-plans aot \
+  sanitize
 test: $(STAMP)  ## what CI runs first: lint, types, layout, unit tests, the Triton kernels without a GPU
 	@$(MAKE) --no-print-directory lint types layout
 	@$(MAKE) --no-print-directory unit
 	@$(MAKE) --no-print-directory interpreter aot bench-guard
 
-test-full: $(STAMP)  ## `make test`, and the slow tests
+test-full: $(STAMP) $(OLD_TRITON)  ## `make test`, and the slow tests
 	@$(MAKE) --no-print-directory test
 	@$(MAKE) --no-print-directory py312
 	$(call step,slow tests,$(PYTEST) -m slow)
@@ -51,6 +62,7 @@ test-full: $(STAMP)  ## `make test`, and the slow tests
 	  $(PYTEST) tests/kernels/backends -m slow)
 	$(call step,slow tests of the Triton kernels,$(INTERPRET) $(PYTEST) tests/kernels/backends -m slow)
 	@$(MAKE) --no-print-directory sanitize
+	@$(MAKE) --no-print-directory interpreter-plans
 	$(call step,ahead-of-time compile of everything,$(PY) -m benchmarks.aot_report --full)
 
 # On a machine with a GPU as one finds it, perhaps without a package index: with the python that
@@ -80,8 +92,21 @@ interpreter: $(STAMP)  ## the Triton kernels' tests, interpreted on the CPU
 	$(call step,training on two back ends,$(INTERPRET) OMP_NUM_THREADS=1 $(PY) -m \
 	  benchmarks.convergence triton reference --steps 20 --out runs/convergence)
 
-aot: $(STAMP)  ## compile every Triton kernel for sm_80 and sm_90 and judge the machine code
-	$(call step,ahead-of-time compile,$(PY) -m benchmarks.aot_report --quick >/dev/null)
+# Else the interpreter sees only the block sizes that a launcher takes for it.
+interpreter-plans: $(STAMP)  ## the same with block sizes of GPUs: all for sm_90, drawn shapes for other families
+	$(call step,Triton kernels interpreted as on sm_90,FASTDIFF_PLAN=sm_90 $(INTERPRET) \
+	  $(PYTEST) tests/kernels/backends -m "not slow")
+	$(foreach family,sm_80 sm_100 gfx942,$(call step,Triton kernels interpreted as on $(family),\
+	  FASTDIFF_PLAN=$(family) $(INTERPRET) $(PYTEST) tests/kernels/backends -m "not slow" -k any_shape)$(newline))
+
+aot: $(STAMP) $(OLD_TRITON)  ## compile every Triton kernel by two versions of Triton and judge the machine code
+	$(call step,ahead-of-time compile,$(PY) -m benchmarks.aot_report --quick)
+
+# The version that GPU machines have, in a folder of its own.
+build/triton-%/.stamp: | $(STAMP)
+	@echo "== triton $*: installing it into build/triton-$*"
+	@$(PY) -m pip install -q --no-deps --upgrade --target build/triton-$* triton==$*
+	@touch $@
 
 # What a sanitizer finds ends the test's process; its report is build/sanitize/report.<pid>.
 SANITIZED := build/sanitize/libfastdiff_cpu.so
@@ -97,7 +122,7 @@ sanitize: $(STAMP)  ## the compiled CPU kernels' tests under AddressSanitizer an
 
 ##@ Measure
 
-.PHONY: bench bench-full bench-guard bench-gpu bench-gpu-tune
+.PHONY: bench bench-full bench-guard bench-gpu bench-gpu-tune gpu-cache
 bench: $(STAMP)  ## the benchmarks, small, on the CPU
 	@$(PY) -m pytest benchmarks/ --benchmark-only
 
@@ -113,6 +138,9 @@ bench-gpu:  ## on this machine's GPU, in 8 minutes: every op checked and timed, 
 
 bench-gpu-tune:  ## tune the kernels' block sizes on this machine's GPU, in 4 minutes
 	@PYTHONPATH=.:kernels $(ANYPY) -m benchmarks.tune $(BENCH)
+
+gpu-cache:  ## compile the kernels for a GPU that is not here (CHIP=sm_90), to carry them to it
+	@PYTHONPATH=.:kernels $(PYTHON312) -m benchmarks.gpu_cache --chip $(CHIP)
 
 ##@ Develop
 

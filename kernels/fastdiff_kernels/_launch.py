@@ -29,10 +29,11 @@ class Chip:
     """What a launcher needs to know of a GPU.
 
     Attributes:
-        family: "sm_80", "sm_90", "sm_100"; "default" for others and for the interpreter.
-        processors: streaming multiprocessors.
+        family: "sm_80", "sm_90", "sm_100", "gfx942", "gfx1100", "gfx1201"; "default" for others and
+            for the interpreter.
+        processors: streaming multiprocessors (AMD: what it counts as such).
         shared: bytes of shared memory one block may have.
-        l2: bytes of second-level cache.
+        l2: bytes of the last cache that all processors share (AMD: the Infinity Cache).
     """
 
     family: str
@@ -51,6 +52,10 @@ CHIPS = {
     "sm_80": Chip("sm_80", 108, 166_912, 40 << 20),
     "sm_90": Chip("sm_90", 132, 232_448, 60 << 20),
     "sm_100": Chip("sm_100", 148, 232_448, 126 << 20),
+    # MI300X, RX 7900 XTX, RX 9070 XT: the data centre's chips of AMD, and two generations of RDNA.
+    "gfx942": Chip("gfx942", 304, 65_536, 256 << 20),
+    "gfx1100": Chip("gfx1100", 48, 65_536, 96 << 20),
+    "gfx1201": Chip("gfx1201", 32, 65_536, 64 << 20),
     # Few processors: so the interpreter, too, gives several tiles to a program.
     "interpreter": Chip("default", 3, 101_376, 1 << 20),
 }
@@ -99,14 +104,32 @@ def chip(device: torch.device) -> Chip:
     return _cuda_chip(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def amd() -> bool:
+    """True where the chips are AMD's: the pretended one, or those of this build of PyTorch."""
+    if _pretended is not None:
+        return _pretended.family.startswith("gfx")
+    return torch.version.hip is not None
+
+
 @functools.cache
 def _cuda_chip(index: int) -> Chip:
     found = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return _amd_chip(found.gcnArchName, found.multi_processor_count, found.L2_cache_size)
     family = {(8, 0): "sm_80", (9, 0): "sm_90"}.get((found.major, found.minor), "default")
     if found.major == 10:
         family = "sm_100"
     shared = getattr(found, "shared_memory_per_block_optin", 101_376)
     return Chip(family, found.multi_processor_count, shared, found.L2_cache_size)
+
+
+def _amd_chip(architecture: str, processors: int, l2: int) -> Chip:
+    """The chip of a ROCm device, whose architecture reads "gfx942:sramecc+:xnack-"."""
+    kin = {"gfx9": "gfx942", "gfx11": "gfx1100", "gfx12": "gfx1201"}
+    name = architecture.partition(":")[0]
+    family = next((f for start, f in kin.items() if name[:-2] == start), "default")
+    known = CHIPS.get(name)
+    return Chip(family, processors, 65_536, l2 if known is None else known.l2)
 
 
 @contextlib.contextmanager

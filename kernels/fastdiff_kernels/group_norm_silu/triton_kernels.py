@@ -901,6 +901,9 @@ def _dense_like(gradient: Tensor, nhwc: bool) -> Tensor:
     return torch.empty_like(gradient, memory_format=layout)
 
 
+_BEFORE_3_9 = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
+
+
 def supports(
     x: Tensor,
     weight: Tensor,
@@ -917,6 +920,8 @@ def supports(
         return "it has no float64"
     if x.shape[2] * x.shape[3] >= 1 << 30:
         return f"maps of {x.shape[2]} x {x.shape[3]} pixels are too large: 2^30 or more"
+    if skip is not None and _BEFORE_3_9 and _launch.amd():
+        return f"triton {triton.__version__} compiles a choice of two tensors not for AMD; 3.9 does"
     return None
 
 

@@ -573,6 +573,8 @@ def supports(
         return f"its head widths are 16 to 128, and this one is {width}"
     if not (2 <= window[0] <= 16 and 2 <= window[1] <= 16):
         return f"its windows are 2 to 16 rows and columns, and this one is {window}"
+    if _launch.amd() and _launch.chip(qkv.device).family != "gfx942":
+        return "its kernels need more than the 256 registers a lane that AMD's RDNA has"
     return None
 
 
@@ -617,6 +619,8 @@ def _plan(
         warps, stages = T // 4, 1 if chip.family == "sm_80" else 2
         if chip.family == "sm_100" and not problem["ROLLED"]:
             warps, stages = T // 8, 3
+        elif chip.family == "gfx942":
+            warps, stages = 4, 1
     elif BLOCKS > 1:
         warps, stages = (8, 1) if T == 64 and chip.family == "sm_100" else (4, 2)
     elif kernel == "backward" and T == 64:

@@ -1,0 +1,37 @@
+"""Why a form does not pass: it does not compile, spills, does not fit, or reads in small pieces."""
+
+from __future__ import annotations
+
+from benchmarks.aot.compile import Verdict
+from benchmarks.aot.record import Use
+from fastdiff_kernels import _launch
+
+# Per streaming multiprocessor: registers, warps, blocks, bytes of shared memory.
+REGISTERS, WARPS, BLOCKS = 65_536, 64, 32
+SHARED = {"sm_80": 167_936, "sm_90": 233_472, "sm_100": 233_472}
+
+
+def resident(verdict: Verdict, family: str, num_warps: int) -> int:
+    """Warps of a kernel that one multiprocessor can hold (NVIDIA only)."""
+    per_warp = -(-verdict.registers * 32 // 256) * 256
+    by_registers = REGISTERS // (per_warp * num_warps)
+    by_shared = SHARED[family] // (verdict.shared + 1024)
+    return min(by_registers, by_shared, BLOCKS, WARPS // num_warps) * num_warps
+
+
+def faults(use: Use, made: Verdict, family: str) -> list[str]:
+    """Why this form does not pass. Narrow accesses count where a preset or benchmark has them."""
+    if made.error:
+        return [made.error]
+    found = []
+    if made.spilled:
+        found.append(f"spills {made.spilled} bytes")
+    if made.shared > _launch.CHIPS[family].shared:
+        found.append(f"{made.shared} bytes of shared memory; {family} has room for less")
+    if family.startswith("sm_"):
+        if not resident(made, family, use.form.num_warps):
+            found.append("does not fit a multiprocessor")
+        if narrow := made.narrow(use.large):
+            pieces = (f"{n} {made.widths[n]} B ({made.spans.get(n, 0)} a warp)" for n in narrow)
+            found.append(f"narrow accesses: {', '.join(pieces)}")
+    return found
