@@ -619,10 +619,14 @@ def _plan(
         warps, stages = T // 4, 1 if chip.family == "sm_80" else 2
         if chip.family == "sm_100" and not problem["ROLLED"]:
             warps, stages = T // 8, 3
+        elif chip.family == "sm_90" and kernel == "backward_queries" and DP <= 64:
+            warps, stages = T // 8, 1
         elif chip.family == "gfx942":
             warps, stages = 4, 1
     elif BLOCKS > 1:
         warps, stages = (8, 1) if T == 64 and chip.family == "sm_100" else (4, 2)
+        if T == 64 and chip.family == "sm_90" and kernel == "backward_keys":
+            warps = 8
     elif kernel == "backward" and T == 64:
         # Scores, gradients and two T x T tiles of the bias fill four warps' registers.
         hopper = chip.family in ("sm_90", "sm_100")

@@ -57,6 +57,7 @@ collect_ignore_glob = [] if conformance.BACKEND else ["test_*.py"]
 # those whose kernels `benchmarks.aot` has recorded; neither do they follow the constants that
 # Hypothesis finds in the modules that are loaded.
 if HYPOTHESIS and (conformance.DEVICE == "cuda" or "FASTDIFF_RECORD" in os.environ):
+    import hypothesis
     import hypothesis.internal.conjecture.providers as providers
 
     hypothesis.settings.register_profile("recorded", derandomize=True, database=None)

@@ -78,7 +78,8 @@ def case(name: str):
 @pytest.mark.parametrize("name", list(CASES)[:4])
 def test_numerics(name, dtype):
     call, inputs = case(name)
-    check_numerics(call, inputs, dtype)
+    # The table's gradient has 49 numbers: of one draw the largest error is a matter of luck.
+    check_numerics(call, inputs, dtype, draws=2)
 
 
 @pytest.mark.parametrize("name", list(CASES)[5:])
@@ -96,7 +97,7 @@ def test_several_tiles_of_float32():
 @pytest.mark.parametrize("name", ["value", "several tiles"])
 def test_float32_parameters_beside_low_precision(name, dtype):
     call, inputs = case(name)
-    check_numerics(call, inputs, dtype, keep=(1, 2))
+    check_numerics(call, inputs, dtype, keep=(1, 2), draws=4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
