@@ -229,8 +229,8 @@ def group_norm_silu_apply(  # type: ignore[no-untyped-def]
     # Parts are merged exactly: shifted by the mean of the first.
     at = image.to(tl.int64) * parts * G + g
     centre = tl.load(means + at, mask=g < G, other=0.0)
-    s1 = tl.zeros((BG,), tl.float32)
-    s2 = tl.zeros((BG,), tl.float32)
+    s1 = tl.zeros((PARTS, BG), tl.float32)
+    s2 = tl.zeros((PARTS, BG), tl.float32)
     for i in range(0, parts, PARTS):
         part = i + tl.arange(0, PARTS)
         count = tl.minimum(HW - part // CS * part_pixels, part_pixels).to(tl.float32)
@@ -238,9 +238,10 @@ def group_norm_silu_apply(  # type: ignore[no-untyped-def]
         count = tl.where(part < parts, count, 0.0)[:, None]
         mask = (part[:, None] < parts) & (g[None, :] < G)
         d = tl.load(means + at[None, :] + part[:, None] * G, mask=mask, other=0.0) - centre[None, :]
-        s1 += tl.sum(count * d, 0)
+        s1 += count * d
         squared = tl.load(squares + at[None, :] + part[:, None] * G, mask=mask, other=0.0)
-        s2 += tl.sum(squared + count * d * d, 0)
+        s2 += squared + count * d * d
+    s1, s2 = tl.sum(s1, 0), tl.sum(s2, 0)
     n = HW.to(tl.float32) * CPG
     m = centre + s1 / n
     r = tl.div_rn(1.0, tl.sqrt_rn(tl.maximum(s2 - s1 * s1 / n, 0.0) / n + eps))
@@ -408,15 +409,16 @@ def group_norm_silu_input_gradients(  # type: ignore[no-untyped-def]
     m = tl.load(mean + at, mask=valid, other=0.0)
     r = tl.load(rstd + at, mask=valid, other=0.0)
     w, b = _film(weight, bias, scale, shift, scale_row, shift_row, image, c, valid)
-    sum_z = tl.zeros((BG,), tl.float32)
-    sum_zx = tl.zeros((BG,), tl.float32)
+    part_z = tl.zeros((PARTS, BG), tl.float32)
+    part_zx = tl.zeros((PARTS, BG), tl.float32)
     at = image.to(tl.int64) * parts * G + g
     for i in range(0, parts, PARTS):
         part = i + tl.arange(0, PARTS)
         mask = (part[:, None] < parts) & (g[None, :] < G)
         of = at[None, :] + part[:, None] * G
-        sum_z += tl.sum(tl.load(group_zs + of, mask=mask, other=0.0), 0)
-        sum_zx += tl.sum(tl.load(group_zxs + of, mask=mask, other=0.0), 0)
+        part_z += tl.load(group_zs + of, mask=mask, other=0.0)
+        part_zx += tl.load(group_zxs + of, mask=mask, other=0.0)
+    sum_z, sum_zx = tl.sum(part_z, 0), tl.sum(part_zx, 0)
     n = HW.to(tl.float32) * CPG
     # dx = rw z - offset - (x - mean) slope
     offset = (r * _per_channel(sum_z / n, which))[:, None]
@@ -448,8 +450,9 @@ def group_norm_silu_parameter_gradients(  # type: ignore[no-untyped-def]
     image = pid // TILES - AFFINE  # -1: all images
     c = pid % TILES * BC + tl.arange(0, BC)
     valid = c < C
-    z = tl.zeros((BC,), tl.float32)
-    zx = tl.zeros((BC,), tl.float32)
+    # Threads add up their own rows; they meet once, behind the loop.
+    sum_z = tl.zeros((BC, ROWS), tl.float32)
+    sum_zx = tl.zeros((BC, ROWS), tl.float32)
     begin, end = image * chunks, (image + 1) * chunks
     if image < 0:
         begin, end = 0, B * chunks
@@ -460,12 +463,13 @@ def group_norm_silu_parameter_gradients(  # type: ignore[no-untyped-def]
         row_z = tl.load(zs + at, mask=inside, other=0.0)
         row_zx = tl.load(zxs + at, mask=inside, other=0.0)
         if AFFINE and scale is not None:
-            at = (row // chunks).to(tl.int64)[None, :] * scale_row + c[:, None]
-            s = 1.0 + tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
-            s = tl.where(image < 0, s, 1.0)
-            row_z, row_zx = row_z * s, row_zx * s
-        z += tl.sum(row_z, 1)
-        zx += tl.sum(row_zx, 1)
+            if image < 0:
+                at = (row // chunks).to(tl.int64)[None, :] * scale_row + c[:, None]
+                s = 1.0 + tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
+                row_z, row_zx = row_z * s, row_zx * s
+        sum_z += row_z
+        sum_zx += row_zx
+    z, zx = tl.sum(sum_z, 1), tl.sum(sum_zx, 1)
     if image < 0:
         if dweight is not None:
             tl.store(dweight + c, round_to(zx, dweight.dtype.element_ty), mask=valid)
@@ -840,11 +844,12 @@ def _backward(
     shape, on = _shape(x, skip, num_groups), _launch.chip(x.device)
     given = _given(shape, x, skip, weight, bias, scale, shift)
     given |= {"dy": _dense(dy, shape.nhwc), "mean": mean, "rstd": rstd, "SILU": activate}
-    # The kernels write dense tensors; those for others than x's format are copied afterwards.
-    inputs = {
-        "dx": None if dx is None else _dense_like(dx, shape.nhwc),
-        "dskip": None if dskip is None else _dense_like(dskip, shape.nhwc),
-    }
+    # The kernels write dense tensors: maps in x's format, vectors row by row. Gradients that lie
+    # otherwise in memory (those of a transposed scale do) are copied from such afterwards.
+    wanted = {"dx": dx, "dskip": dskip, "dscale": dscale, "dshift": dshift}
+    wanted |= {"dweight": dweight, "dbias": dbias}
+    inputs = {n: _dense_like(wanted[n], shape.nhwc) for n in ("dx", "dskip")}
+    vectors = {n: _dense_like(g, False) for n, g in wanted.items() if n not in inputs}
     needs_inputs = dx is not None or dskip is not None
     needs_parameters = any(g is not None for g in (dweight, dbias, dscale, dshift))
     tile = _whole(shape, on.processors)
@@ -881,22 +886,26 @@ def _backward(
         film = dscale is not None or dshift is not None
         arguments: dict[str, Any] = {
             **{n: given[n] for n in ("weight", "bias", "scale", "scale_row")},
-            **{"dweight": dweight, "dbias": dbias, "dscale": dscale, "dshift": dshift},
+            **vectors,
             **{"B": shape.B, "chunks": chunks, "C": shape.C, "AFFINE": int(affine)},
-            **{"BC": 16, "ROWS": 128},
+            # 32 bytes of a row; the rows that a launch of the presets sums in one or two steps.
+            **{"BC": 8, "ROWS": 64 if tile is not None else 512},
         }
-        grid = (cdiv(shape.C, 16) * (affine + shape.B * film),)
+        grid = (cdiv(shape.C, 8) * (affine + shape.B * film),)
         arguments |= per_channel
-        _launch.launch(group_norm_silu_parameter_gradients, grid, num_warps=4, **arguments)
-    for gradient, written in ((dx, inputs["dx"]), (dskip, inputs["dskip"])):
-        if gradient is not None and written is not None and written is not gradient:
-            gradient.copy_(written)
+        num_warps = 2 if tile is not None else 8
+        _launch.launch(group_norm_silu_parameter_gradients, grid, num_warps=num_warps, **arguments)
+    written = inputs | vectors
+    for name, gradient in wanted.items():
+        dense = written[name]
+        if gradient is not None and dense is not None and dense is not gradient:
+            gradient.copy_(dense)
 
 
-def _dense_like(gradient: Tensor, nhwc: bool) -> Tensor:
+def _dense_like(gradient: Tensor | None, nhwc: bool) -> Tensor | None:
     """The gradient itself where the kernels can write it, else a tensor to copy from."""
     layout = torch.channels_last if nhwc else torch.contiguous_format
-    if gradient.is_contiguous(memory_format=layout):
+    if gradient is None or gradient.is_contiguous(memory_format=layout):
         return gradient
     return torch.empty_like(gradient, memory_format=layout)
 

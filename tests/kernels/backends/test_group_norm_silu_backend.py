@@ -303,6 +303,28 @@ def test_strided_gradient_and_vectors(size, layout):
         compare(call, inputs, dy)
 
 
+def vector_in_memory(form: str, vector: Tensor) -> Tensor:
+    """The vector, or one like it, as it lies in memory otherwise."""
+    if form == "transposed":
+        return vector.t().contiguous().t()
+    if form == "strided":
+        return vector.repeat_interleave(2, -1)[..., ::2]
+    return vector[..., :1].expand(vector.shape) if vector.ndim == 1 else (
+        vector[:1].expand(vector.shape) if form == "expanded rows" else vector[:, :1].expand_as(vector)
+    )
+
+
+@both
+@pytest.mark.parametrize("form", ["transposed", "strided", "expanded rows", "expanded columns"])
+def test_vectors_in_any_strides(size, form):
+    *size, groups = size
+    inputs = [t.to(DEVICE) for t in make(*size)]
+    for i in (3, 4) if form == "transposed" else (1, 2, 3, 4):
+        inputs[i] = vector_in_memory(form, inputs[i])
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    compare(call_with(groups), inputs, torch.randn(2, size[0] + size[1], *size[2:], device=DEVICE))
+
+
 @each_layout
 @pytest.mark.parametrize("shape", [(0, 6, 3, 3), (2, 6, 0, 3), (2, 6, 3, 0)], ids=str)
 def test_empty(shape, layout):
