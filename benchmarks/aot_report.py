@@ -297,6 +297,8 @@ def bind(launch: _launch.Launch, backend: Any) -> tuple[Any, Any, Any, Any]:
         "num_stages": launch.num_stages,
         "enable_fp_fusion": True,
     }
+    if launch.launch_pdl:
+        options["launch_pdl"] = True
     bound, specialization, rest = binder(**launch.arguments, **options)
     packed = kernel._pack_args(backend, rest, bound, specialization, rest)
     return packed[0], packed[1], packed[2], packed[3]

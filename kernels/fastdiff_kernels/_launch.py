@@ -62,6 +62,7 @@ class Launch:
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
+    launch_pdl: bool = False
 
 
 def chip(device: torch.device) -> Chip:
@@ -165,7 +166,13 @@ def _table() -> dict[str, dict[str, dict[str, Config]]]:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *, num_warps: int, num_stages: int = 2, **arguments: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *,
+    num_warps: int,
+    num_stages: int = 2,
+    launch_pdl: bool = False,
+    **arguments: Any,
 ) -> None:
     """Launch a kernel on the device of its first tensor; nothing for an empty grid.
 
@@ -174,12 +181,13 @@ def launch(
         grid: programs along up to three axes.
         num_warps: warps of a program.
         num_stages: depth of software pipelining.
+        launch_pdl: programmatic dependent launch; the kernel waits for the one before it itself.
         arguments: the kernel's own, all by name. None is a constant.
     """
     if 0 in grid:
         return
     if _record is not None:
-        _record.append(Launch(kernel, grid, arguments, num_warps, num_stages))
+        _record.append(Launch(kernel, grid, arguments, num_warps, num_stages, launch_pdl))
         return
     device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -188,7 +196,10 @@ def launch(
         guard = contextlib.nullcontext()
     with guard:
         # Fused multiply-add is asked for: Triton is about to change its default.
-        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+        options: dict[str, Any] = {"num_stages": num_stages, "enable_fp_fusion": True}
+        if launch_pdl and device.type == "cuda":  # neither the interpreter nor AMD has the option
+            options["launch_pdl"] = True
+        kernel[grid](**arguments, num_warps=num_warps, **options)
 
 
 def cdiv(a: int, b: int) -> int:

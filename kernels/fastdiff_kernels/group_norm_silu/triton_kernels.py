@@ -28,10 +28,37 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastdiff_kernels import _launch, _register
-from fastdiff_kernels._jit import round_to, silu, silu_slope
+from fastdiff_kernels._jit import INTERPRETS, round_to, silu, silu_slope
 from fastdiff_kernels._launch import cdiv, power_of_two
+
+# --- Programmatic dependent launch (PDL: sm_90 and later) ---
+# A kernel launched with the attribute starts when every program of the one before it has called
+# gdc_launch_dependents or has ended; gdc_wait waits until that one has completed and its writes are
+# visible. The first kernel of a call has no attribute: all earlier work on the stream, which wrote
+# x and the vectors and read the memory that this call writes, has completed before it starts.
+# Every later kernel waits before its first write and before it reads what this call wrote. It ends
+# after its wait, so its own end implies the end of all kernels before it, and what follows the call
+# on the stream may reuse the partial results' memory. Inputs of the call may be read before the
+# wait. The second round's sums overlap the end of the first round: they have other images, other
+# parts.
+
+
+@triton.jit
+def _wait(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    if PDL:
+        if not INTERPRETS:
+            gdc_wait()
+
+
+@triton.jit
+def _let_the_next_start(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    if PDL:
+        if not INTERPRETS:
+            gdc_launch_dependents()
+
 
 # --- Device functions ---
 
@@ -152,7 +179,7 @@ def group_norm_silu_statistics(  # type: ignore[no-untyped-def]
     x, skip, means, squares, first, HWV, blocks, chunks, C1: tl.constexpr, C2: tl.constexpr,
     CPG: tl.constexpr, NHWC: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr,
     GT: tl.constexpr, BG: tl.constexpr, WIDTH: tl.constexpr, CS: tl.constexpr,
-    BP: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations of one part: `blocks` tiles of an image, e read.
 
@@ -165,6 +192,7 @@ def group_norm_silu_statistics(  # type: ignore[no-untyped-def]
     HW = HWV * V
     pid = tl.program_id(0)
     tile, chunk, image = pid % TILES, pid // TILES % chunks, first + pid // TILES // chunks
+    _let_the_next_start(PDL)
     split, g0 = tile % CS, tile // CS * GT
     lane, group = tl.arange(0, BC), tl.arange(0, BG)
     which = tl.minimum(lane // CPG, BG - 1)
@@ -194,6 +222,7 @@ def group_norm_silu_statistics(  # type: ignore[no-untyped-def]
         s2 += d * d
     n = tl.minimum(HW - begin * BP, blocks * BP).to(tl.float32) * channels
     m, m2 = _moments(centre, tl.sum(s1, 1), tl.sum(s2, 1), member, n)
+    _wait(PDL)
     part = (image * chunks + chunk).to(tl.int64) * CS + split
     g = g0 + group
     mine = (group < GT) & (g < G)
@@ -209,6 +238,7 @@ def group_norm_silu_apply(  # type: ignore[no-untyped-def]
     CPG: tl.constexpr, NHWC: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr,
     SILU: tl.constexpr, WIDTH: tl.constexpr, CS: tl.constexpr, BG: tl.constexpr,
     BP: tl.constexpr, BC: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Normalise, modulate, activate: `blocks` tiles of an image, e read and e written.
 
@@ -225,6 +255,14 @@ def group_norm_silu_apply(  # type: ignore[no-untyped-def]
     g = tile * BC // CPG + tl.arange(0, BG)
     which = c // CPG - tile * BC // CPG
     w, b = _film(weight, bias, scale, shift, scale_row, shift_row, image, c, valid)
+
+    begin, end = chunk * blocks, tl.minimum((chunk + 1) * blocks, tl.cdiv(HW, BP))
+    if PDL:
+        # Memory is busy while the statistics end and are merged.
+        p = begin * BP + tl.arange(0, BP)
+        inside = valid[:, None] & (p[None, :] < HW)
+        v = _load(x, skip, image, p, c, inside, HW, C1, C2, NHWC, UNIT, True)
+    _wait(PDL)
 
     # Parts are merged exactly: shifted by the mean of the first.
     at = image.to(tl.int64) * parts * G + g
@@ -254,9 +292,13 @@ def group_norm_silu_apply(  # type: ignore[no-untyped-def]
     m = _per_channel(m, which)[:, None]
     w = (_per_channel(r, which) * w)[:, None]
     b = b[:, None]
-    for i in tl.range(
-        chunk * blocks, tl.minimum((chunk + 1) * blocks, tl.cdiv(HW, BP)), num_stages=STAGES
-    ):
+    if PDL:
+        u = (v - m) * w + b
+        if SILU:
+            u = silu(u)
+        tl.store(_at(y, image, p, c, HW, C, NHWC), round_to(u, y.dtype.element_ty), mask=inside)
+        begin += 1
+    for i in tl.range(begin, end, num_stages=STAGES):
         p = i * BP + tl.arange(0, BP)
         inside = valid[:, None] & (p[None, :] < HW)
         v = _load(x, skip, image, p, c, inside, HW, C1, C2, NHWC, UNIT, True)
@@ -264,6 +306,7 @@ def group_norm_silu_apply(  # type: ignore[no-untyped-def]
         if SILU:
             u = silu(u)
         tl.store(_at(y, image, p, c, HW, C, NHWC), round_to(u, y.dtype.element_ty), mask=inside)
+    _let_the_next_start(PDL)
 
 
 # --- Backward ---
@@ -339,6 +382,7 @@ def group_norm_silu_sums(  # type: ignore[no-untyped-def]
     CPG: tl.constexpr, NHWC: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr,
     SILU: tl.constexpr, GT: tl.constexpr, BG: tl.constexpr, WIDTH: tl.constexpr,
     CS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Sums of z and z x^ over one part, 2 e read: per channel for the parameters, and, weighted,
     per group for dx. Tiles as in `statistics`.
@@ -349,6 +393,7 @@ def group_norm_silu_sums(  # type: ignore[no-untyped-def]
     HW = HWV * V
     pid = tl.program_id(0)
     tile, chunk, image = pid % TILES, pid // TILES % chunks, first + pid // TILES // chunks
+    _let_the_next_start(PDL)
     split, g0 = tile % CS, tile // CS * GT
     lane, group = tl.arange(0, BC), tl.arange(0, BG)
     member = lane[:, None] // CPG == group[None, :]
@@ -375,6 +420,7 @@ def group_norm_silu_sums(  # type: ignore[no-untyped-def]
         sum_z += z
         sum_zx += z * v
     z, zx = tl.sum(sum_z, 1), tl.sum(sum_zx, 1) * r
+    _wait(PDL)
     row = (image * chunks + chunk).to(tl.int64)
     if zs is not None:
         tl.store(zs + row * C + c, z, mask=valid)
@@ -393,7 +439,7 @@ def group_norm_silu_input_gradients(  # type: ignore[no-untyped-def]
     scale_row, shift_row, first, HWV, parts, blocks, chunks, tile0, tiles, C1: tl.constexpr,
     C2: tl.constexpr, CPG: tl.constexpr, NHWC: tl.constexpr, V: tl.constexpr,
     UNIT: tl.constexpr, SILU: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr,
-    BC: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+    BC: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """dx and dskip: `blocks` tiles of an image, 2 e read and e written; adds the parts up first."""
     C: tl.constexpr = C1 + C2
@@ -409,6 +455,9 @@ def group_norm_silu_input_gradients(  # type: ignore[no-untyped-def]
     m = tl.load(mean + at, mask=valid, other=0.0)
     r = tl.load(rstd + at, mask=valid, other=0.0)
     w, b = _film(weight, bias, scale, shift, scale_row, shift_row, image, c, valid)
+    # No tile is loaded before the wait, unlike in `apply`: two tensors would take 166 registers
+    # instead of 100, and the programs of a launch would no longer be resident all at once.
+    _wait(PDL)
     part_z = tl.zeros((PARTS, BG), tl.float32)
     part_zx = tl.zeros((PARTS, BG), tl.float32)
     at = image.to(tl.int64) * parts * G + g
@@ -435,12 +484,14 @@ def group_norm_silu_input_gradients(  # type: ignore[no-untyped-def]
         z = _slope(z, v * rw + b, SILU)
         v = rw * z - offset - v * slope
         _store(dx, dskip, v, image, p, c, inside, HW, C1, C2, NHWC)
+    _let_the_next_start(PDL)
 
 
 @triton.jit(do_not_specialize=["B", "chunks", "scale_row"])
 def group_norm_silu_parameter_gradients(  # type: ignore[no-untyped-def]
     zs, zxs, weight, bias, scale, dweight, dbias, dscale, dshift, B, chunks, scale_row,
     C: tl.constexpr, AFFINE: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Sums per channel, over all images for weight and bias (one row of programs, if AFFINE), and
     over the chunks of an image for scale and shift (one row of programs an image).
@@ -450,6 +501,7 @@ def group_norm_silu_parameter_gradients(  # type: ignore[no-untyped-def]
     image = pid // TILES - AFFINE  # -1: all images
     c = pid % TILES * BC + tl.arange(0, BC)
     valid = c < C
+    _wait(PDL)
     # Threads add up their own rows; they meet once, behind the loop.
     sum_z = tl.zeros((BC, ROWS), tl.float32)
     sum_zx = tl.zeros((BC, ROWS), tl.float32)
@@ -545,6 +597,13 @@ class _Shape:
         """Whether such tiles begin at 16 bytes of a pixel, or as the widths allow."""
         return self.unit(step) == self.unit(self.C)
 
+    @property
+    def scattered(self) -> bool:
+        """Whether the seam of two float32 tensors lies so that a thread has an address for nearly
+        every element: two registers each, and twice, for x and for skip."""
+        run = self.unit(self.C) if self.nhwc else self.V
+        return self.C2 > 0 and self.itemsize == 4 and run < 4
+
     def constants(self) -> dict[str, Any]:
         return {
             **{"HWV": self.HW // self.V, "V": self.V, "NHWC": self.nhwc},
@@ -568,7 +627,7 @@ def _whole(shape: _Shape, processors: int) -> dict[str, int] | None:
     found = []
     for GT in range(1, shape.G + 1):
         BC = power_of_two(GT * shape.CPG)
-        if BP * BC > _WHOLE:
+        if BP * BC > (_WHOLE // 2 if shape.scattered else _WHOLE):
             break
         if shape.aligned(GT * shape.CPG):
             width = min(GT * shape.CPG * shape.itemsize, 64) if shape.nhwc else 0
@@ -652,6 +711,11 @@ def _images(B: int, image: int, on: _launch.Chip) -> int:
     """
     rounds = 1 if B * image <= on.l2 else min(4, cdiv(B * image, on.l2 // 2))
     return cdiv(B, rounds)
+
+
+def _overlaps(on: _launch.Chip) -> bool:
+    """Whether kernels of a call start before the one before them has ended."""
+    return on.family in ("sm_90", "sm_100")
 
 
 # --- Launchers ---
@@ -754,6 +818,8 @@ class _Plan:
     ) -> _Plan:
         name = kernel.__name__
         default = {"block": 8192 // shape.itemsize, "num_warps": 4, "num_stages": 3}
+        if shape.scattered:
+            default["num_warps"] = 8
         chosen = _launch.config(name, shape.key, on, default)
         if kernel in (group_norm_silu_statistics, group_norm_silu_sums):
             tile = _reduction(shape, chosen["block"])
@@ -761,7 +827,11 @@ class _Plan:
         else:
             tile = _pointwise(shape, chosen["block"])
             across = cdiv(channels.stop, tile["BC"]) - channels.start // tile["BC"]
-        resident = 3 if kernel is group_norm_silu_sums else 4  # by their registers
+        # By their registers: up to 166 of `sums`, and 139 of `statistics` in channels_last.
+        few = kernel is group_norm_silu_sums or (
+            kernel is group_norm_silu_statistics and shape.nhwc
+        )
+        resident = 3 if few else 4
         blocks, chunks = _chunks(shape.HW, tile["BP"], images * across, on.processors, resident)
         return cls(kernel, tile, across, blocks, chunks, chosen["num_warps"], chosen["num_stages"])
 
@@ -770,13 +840,15 @@ class _Plan:
         """Partial results of a group."""
         return self.chunks * self.tile["CS"]
 
-    def launch(self, first: int, images: int, arguments: dict[str, Any]) -> None:
+    def launch(self, first: int, images: int, arguments: dict[str, Any], after: bool) -> None:
+        """Launch for some images; `after` another kernel of the same call, which it may overlap."""
         own = {"first": first, "blocks": self.blocks, "chunks": self.chunks}
         _launch.launch(
             self.kernel,
             (images * self.chunks * self.across,),
             num_warps=self.num_warps,
             num_stages=self.num_stages,
+            launch_pdl=after and arguments["PDL"],
             **(arguments | self.tile | own),
             STAGES=self.num_stages,
         )
@@ -809,6 +881,7 @@ def _forward(
     before = _Plan.make(group_norm_silu_statistics, shape, images, on, every)
     after = _Plan.make(group_norm_silu_apply, shape, images, on, every)
     parts = {name: mean.new_empty(shape.B, before.parts, shape.G) for name in ("means", "squares")}
+    given["PDL"] = _overlaps(on)
     read = {n: v for n, v in given.items() if n in group_norm_silu_statistics.arg_names} | parts
     merged = {
         **{"part_pixels": before.blocks * before.tile["BP"], "parts": before.parts},
@@ -816,8 +889,8 @@ def _forward(
     }
     for first in range(0, shape.B, images):
         n = min(images, shape.B - first)
-        before.launch(first, n, read)
-        after.launch(first, n, given | out | parts | merged)
+        before.launch(first, n, read, first > 0)
+        after.launch(first, n, given | out | parts | merged, True)
 
 
 def _backward(
@@ -855,7 +928,7 @@ def _backward(
     tile = _whole(shape, on.processors)
     images = _images(shape.B, 2 * shape.C * shape.HW * shape.itemsize, on)
     channels = range(0 if dx is not None else shape.C1, shape.C if dskip is not None else shape.C1)
-    chunks = 1
+    chunks, overlaps = 1, tile is None and _overlaps(on)
     if tile is None:
         before = _Plan.make(group_norm_silu_sums, shape, images, on, channels)
         chunks = before.chunks
@@ -873,14 +946,15 @@ def _backward(
             name: partials(needs_inputs, shape.B, before.parts, shape.G)
             for name in ("group_zs", "group_zxs")
         }
+        given["PDL"] = overlaps
         after = _Plan.make(group_norm_silu_input_gradients, shape, images, on, channels)
         merged = {"parts": before.parts, "PARTS": _PARTS, "tiles": after.across}
         merged["tile0"] = channels.start // after.tile["BC"]
         for first in range(0, shape.B, images):
             n = min(images, shape.B - first)
-            before.launch(first, n, given | per_channel | per_group)
+            before.launch(first, n, given | per_channel | per_group, first > 0)
             if needs_inputs:
-                after.launch(first, n, given | inputs | per_group | merged)
+                after.launch(first, n, given | inputs | per_group | merged, True)
     if needs_parameters:
         affine = dweight is not None or dbias is not None
         film = dscale is not None or dshift is not None
@@ -894,7 +968,14 @@ def _backward(
         grid = (cdiv(shape.C, 8) * (affine + shape.B * film),)
         arguments |= per_channel
         num_warps = 2 if tile is not None else 8
-        _launch.launch(group_norm_silu_parameter_gradients, grid, num_warps=num_warps, **arguments)
+        _launch.launch(
+            group_norm_silu_parameter_gradients,
+            grid,
+            num_warps=num_warps,
+            launch_pdl=overlaps,
+            PDL=overlaps,
+            **arguments,
+        )
     written = inputs | vectors
     for name, gradient in wanted.items():
         dense = written[name]
