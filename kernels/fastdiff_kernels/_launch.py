@@ -41,11 +41,6 @@ class Chip:
     shared: int
     l2: int
 
-    @property
-    def pdl(self) -> bool:
-        """It has programmatic dependent launch."""
-        return self.family in ("sm_90", "sm_100")
-
 
 # For compiling and planning where there is no GPU.
 CHIPS = {
@@ -78,6 +73,11 @@ class Launch:
     num_warps: int
     num_stages: int
     launch_pdl: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the compiler besides warps and stages."""
+        return {"launch_pdl": True} if self.launch_pdl else {}
 
 
 def watched() -> bool:
@@ -252,7 +252,7 @@ def launch(
         num_warps: warps of a program.
         num_stages: depth of software pipelining.
         launch_pdl: programmatic dependent launch: the kernel may start before the one in front of
-            it has ended, and waits for that by `gdc_wait`. Only where `Chip.pdl`.
+            it has ended, and waits for that by `gdc_wait`. On sm_90 and later.
         arguments: the kernel's own, all by name. None is a constant.
     """
     if 0 in grid:
@@ -263,7 +263,7 @@ def launch(
     device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
     # Fused multiply-add is asked for: Triton is about to change its default.
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    if launch_pdl:
+    if launch_pdl and type(kernel).__name__ != "InterpretedFunction":  # it has no such option
         options["launch_pdl"] = True
     trace = _replay.recorder()
     with contextlib.ExitStack() as around:

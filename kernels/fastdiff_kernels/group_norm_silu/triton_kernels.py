@@ -28,10 +28,37 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fastdiff_kernels import _launch, _register
-from fastdiff_kernels._jit import round_to, silu, silu_slope
+from fastdiff_kernels._jit import INTERPRETS, round_to, silu, silu_slope
 from fastdiff_kernels._launch import cdiv, power_of_two
+
+# --- Programmatic dependent launch (PDL: sm_90 and later) ---
+# A kernel launched with the attribute starts when every program of the one before it has called
+# gdc_launch_dependents or has ended; gdc_wait waits until that one has completed and its writes are
+# visible. The first kernel of a call has no attribute: all earlier work on the stream, which wrote
+# x and the vectors and read the memory that this call writes, has completed before it starts.
+# Every later kernel waits before its first write and before it reads what this call wrote. It ends
+# after its wait, so its own end implies the end of all kernels before it, and what follows the call
+# on the stream may reuse the partial results' memory. Inputs of the call may be read before the
+# wait. The second round's sums overlap the end of the first round: they have other images, other
+# parts.
+
+
+@triton.jit
+def _wait(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    if PDL:
+        if not INTERPRETS:
+            gdc_wait()
+
+
+@triton.jit
+def _let_the_next_start(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    if PDL:
+        if not INTERPRETS:
+            gdc_launch_dependents()
+
 
 # --- Device functions ---
 
@@ -152,7 +179,7 @@ def group_norm_silu_statistics(  # type: ignore[no-untyped-def]
     x, skip, means, squares, first, HWV, blocks, chunks, C1: tl.constexpr, C2: tl.constexpr,
     CPG: tl.constexpr, NHWC: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr,
     GT: tl.constexpr, BG: tl.constexpr, WIDTH: tl.constexpr, CS: tl.constexpr,
-    BP: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations of one part: `blocks` tiles of an image, e read.
 
@@ -165,6 +192,7 @@ def group_norm_silu_statistics(  # type: ignore[no-untyped-def]
     HW = HWV * V
     pid = tl.program_id(0)
     tile, chunk, image = pid % TILES, pid // TILES % chunks, first + pid // TILES // chunks
+    _let_the_next_start(PDL)
     split, g0 = tile % CS, tile // CS * GT
     lane, group = tl.arange(0, BC), tl.arange(0, BG)
     which = tl.minimum(lane // CPG, BG - 1)
@@ -194,6 +222,7 @@ def group_norm_silu_statistics(  # type: ignore[no-untyped-def]
         s2 += d * d
     n = tl.minimum(HW - begin * BP, blocks * BP).to(tl.float32) * channels
     m, m2 = _moments(centre, tl.sum(s1, 1), tl.sum(s2, 1), member, n)
+    _wait(PDL)
     part = (image * chunks + chunk).to(tl.int64) * CS + split
     g = g0 + group
     mine = (group < GT) & (g < G)
@@ -209,6 +238,7 @@ def group_norm_silu_apply(  # type: ignore[no-untyped-def]
     CPG: tl.constexpr, NHWC: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr,
     SILU: tl.constexpr, WIDTH: tl.constexpr, CS: tl.constexpr, BG: tl.constexpr,
     BP: tl.constexpr, BC: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Normalise, modulate, activate: `blocks` tiles of an image, e read and e written.
 
@@ -226,11 +256,19 @@ def group_norm_silu_apply(  # type: ignore[no-untyped-def]
     which = c // CPG - tile * BC // CPG
     w, b = _film(weight, bias, scale, shift, scale_row, shift_row, image, c, valid)
 
+    begin, end = chunk * blocks, tl.minimum((chunk + 1) * blocks, tl.cdiv(HW, BP))
+    if PDL:
+        # Memory is busy while the statistics end and are merged.
+        p = begin * BP + tl.arange(0, BP)
+        inside = valid[:, None] & (p[None, :] < HW)
+        v = _load(x, skip, image, p, c, inside, HW, C1, C2, NHWC, UNIT, True)
+    _wait(PDL)
+
     # Parts are merged exactly: shifted by the mean of the first.
     at = image.to(tl.int64) * parts * G + g
     centre = tl.load(means + at, mask=g < G, other=0.0)
-    s1 = tl.zeros((BG,), tl.float32)
-    s2 = tl.zeros((BG,), tl.float32)
+    s1 = tl.zeros((PARTS, BG), tl.float32)
+    s2 = tl.zeros((PARTS, BG), tl.float32)
     for i in range(0, parts, PARTS):
         part = i + tl.arange(0, PARTS)
         count = tl.minimum(HW - part // CS * part_pixels, part_pixels).to(tl.float32)
@@ -238,9 +276,10 @@ def group_norm_silu_apply(  # type: ignore[no-untyped-def]
         count = tl.where(part < parts, count, 0.0)[:, None]
         mask = (part[:, None] < parts) & (g[None, :] < G)
         d = tl.load(means + at[None, :] + part[:, None] * G, mask=mask, other=0.0) - centre[None, :]
-        s1 += tl.sum(count * d, 0)
+        s1 += count * d
         squared = tl.load(squares + at[None, :] + part[:, None] * G, mask=mask, other=0.0)
-        s2 += tl.sum(squared + count * d * d, 0)
+        s2 += squared + count * d * d
+    s1, s2 = tl.sum(s1, 0), tl.sum(s2, 0)
     n = HW.to(tl.float32) * CPG
     m = centre + s1 / n
     r = tl.div_rn(1.0, tl.sqrt_rn(tl.maximum(s2 - s1 * s1 / n, 0.0) / n + eps))
@@ -253,9 +292,13 @@ def group_norm_silu_apply(  # type: ignore[no-untyped-def]
     m = _per_channel(m, which)[:, None]
     w = (_per_channel(r, which) * w)[:, None]
     b = b[:, None]
-    for i in tl.range(
-        chunk * blocks, tl.minimum((chunk + 1) * blocks, tl.cdiv(HW, BP)), num_stages=STAGES
-    ):
+    if PDL:
+        u = (v - m) * w + b
+        if SILU:
+            u = silu(u)
+        tl.store(_at(y, image, p, c, HW, C, NHWC), round_to(u, y.dtype.element_ty), mask=inside)
+        begin += 1
+    for i in tl.range(begin, end, num_stages=STAGES):
         p = i * BP + tl.arange(0, BP)
         inside = valid[:, None] & (p[None, :] < HW)
         v = _load(x, skip, image, p, c, inside, HW, C1, C2, NHWC, UNIT, True)
@@ -263,6 +306,7 @@ def group_norm_silu_apply(  # type: ignore[no-untyped-def]
         if SILU:
             u = silu(u)
         tl.store(_at(y, image, p, c, HW, C, NHWC), round_to(u, y.dtype.element_ty), mask=inside)
+    _let_the_next_start(PDL)
 
 
 # --- Backward ---
@@ -338,6 +382,7 @@ def group_norm_silu_sums(  # type: ignore[no-untyped-def]
     CPG: tl.constexpr, NHWC: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr,
     SILU: tl.constexpr, GT: tl.constexpr, BG: tl.constexpr, WIDTH: tl.constexpr,
     CS: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Sums of z and z x^ over one part, 2 e read: per channel for the parameters, and, weighted,
     per group for dx. Tiles as in `statistics`.
@@ -348,6 +393,7 @@ def group_norm_silu_sums(  # type: ignore[no-untyped-def]
     HW = HWV * V
     pid = tl.program_id(0)
     tile, chunk, image = pid % TILES, pid // TILES % chunks, first + pid // TILES // chunks
+    _let_the_next_start(PDL)
     split, g0 = tile % CS, tile // CS * GT
     lane, group = tl.arange(0, BC), tl.arange(0, BG)
     member = lane[:, None] // CPG == group[None, :]
@@ -374,6 +420,7 @@ def group_norm_silu_sums(  # type: ignore[no-untyped-def]
         sum_z += z
         sum_zx += z * v
     z, zx = tl.sum(sum_z, 1), tl.sum(sum_zx, 1) * r
+    _wait(PDL)
     row = (image * chunks + chunk).to(tl.int64)
     if zs is not None:
         tl.store(zs + row * C + c, z, mask=valid)
@@ -392,7 +439,7 @@ def group_norm_silu_input_gradients(  # type: ignore[no-untyped-def]
     scale_row, shift_row, first, HWV, parts, blocks, chunks, tile0, tiles, C1: tl.constexpr,
     C2: tl.constexpr, CPG: tl.constexpr, NHWC: tl.constexpr, V: tl.constexpr,
     UNIT: tl.constexpr, SILU: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr,
-    BC: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+    BC: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """dx and dskip: `blocks` tiles of an image, 2 e read and e written; adds the parts up first."""
     C: tl.constexpr = C1 + C2
@@ -408,15 +455,19 @@ def group_norm_silu_input_gradients(  # type: ignore[no-untyped-def]
     m = tl.load(mean + at, mask=valid, other=0.0)
     r = tl.load(rstd + at, mask=valid, other=0.0)
     w, b = _film(weight, bias, scale, shift, scale_row, shift_row, image, c, valid)
-    sum_z = tl.zeros((BG,), tl.float32)
-    sum_zx = tl.zeros((BG,), tl.float32)
+    # No tile is loaded before the wait, unlike in `apply`: two tensors would take 166 registers
+    # instead of 100, and the programs of a launch would no longer be resident all at once.
+    _wait(PDL)
+    part_z = tl.zeros((PARTS, BG), tl.float32)
+    part_zx = tl.zeros((PARTS, BG), tl.float32)
     at = image.to(tl.int64) * parts * G + g
     for i in range(0, parts, PARTS):
         part = i + tl.arange(0, PARTS)
         mask = (part[:, None] < parts) & (g[None, :] < G)
         of = at[None, :] + part[:, None] * G
-        sum_z += tl.sum(tl.load(group_zs + of, mask=mask, other=0.0), 0)
-        sum_zx += tl.sum(tl.load(group_zxs + of, mask=mask, other=0.0), 0)
+        part_z += tl.load(group_zs + of, mask=mask, other=0.0)
+        part_zx += tl.load(group_zxs + of, mask=mask, other=0.0)
+    sum_z, sum_zx = tl.sum(part_z, 0), tl.sum(part_zx, 0)
     n = HW.to(tl.float32) * CPG
     # dx = rw z - offset - (x - mean) slope
     offset = (r * _per_channel(sum_z / n, which))[:, None]
@@ -433,12 +484,14 @@ def group_norm_silu_input_gradients(  # type: ignore[no-untyped-def]
         z = _slope(z, v * rw + b, SILU)
         v = rw * z - offset - v * slope
         _store(dx, dskip, v, image, p, c, inside, HW, C1, C2, NHWC)
+    _let_the_next_start(PDL)
 
 
 @triton.jit(do_not_specialize=["B", "chunks", "scale_row"])
 def group_norm_silu_parameter_gradients(  # type: ignore[no-untyped-def]
     zs, zxs, weight, bias, scale, dweight, dbias, dscale, dshift, B, chunks, scale_row,
     C: tl.constexpr, AFFINE: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Sums per channel, over all images for weight and bias (one row of programs, if AFFINE), and
     over the chunks of an image for scale and shift (one row of programs an image).
@@ -448,8 +501,10 @@ def group_norm_silu_parameter_gradients(  # type: ignore[no-untyped-def]
     image = pid // TILES - AFFINE  # -1: all images
     c = pid % TILES * BC + tl.arange(0, BC)
     valid = c < C
-    z = tl.zeros((BC,), tl.float32)
-    zx = tl.zeros((BC,), tl.float32)
+    _wait(PDL)
+    # Threads add up their own rows; they meet once, behind the loop.
+    sum_z = tl.zeros((BC, ROWS), tl.float32)
+    sum_zx = tl.zeros((BC, ROWS), tl.float32)
     begin, end = image * chunks, (image + 1) * chunks
     if image < 0:
         begin, end = 0, B * chunks
@@ -460,12 +515,13 @@ def group_norm_silu_parameter_gradients(  # type: ignore[no-untyped-def]
         row_z = tl.load(zs + at, mask=inside, other=0.0)
         row_zx = tl.load(zxs + at, mask=inside, other=0.0)
         if AFFINE and scale is not None:
-            at = (row // chunks).to(tl.int64)[None, :] * scale_row + c[:, None]
-            s = 1.0 + tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
-            s = tl.where(image < 0, s, 1.0)
-            row_z, row_zx = row_z * s, row_zx * s
-        z += tl.sum(row_z, 1)
-        zx += tl.sum(row_zx, 1)
+            if image < 0:
+                at = (row // chunks).to(tl.int64)[None, :] * scale_row + c[:, None]
+                s = 1.0 + tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
+                row_z, row_zx = row_z * s, row_zx * s
+        sum_z += row_z
+        sum_zx += row_zx
+    z, zx = tl.sum(sum_z, 1), tl.sum(sum_zx, 1)
     if image < 0:
         if dweight is not None:
             tl.store(dweight + c, round_to(zx, dweight.dtype.element_ty), mask=valid)
@@ -541,6 +597,13 @@ class _Shape:
         """Whether such tiles begin at 16 bytes of a pixel, or as the widths allow."""
         return self.unit(step) == self.unit(self.C)
 
+    @property
+    def scattered(self) -> bool:
+        """Whether the seam of two float32 tensors lies so that a thread has an address for nearly
+        every element: two registers each, and twice, for x and for skip."""
+        run = self.unit(self.C) if self.nhwc else self.V
+        return self.C2 > 0 and self.itemsize == 4 and run < 4
+
     def constants(self) -> dict[str, Any]:
         return {
             **{"HWV": self.HW // self.V, "V": self.V, "NHWC": self.nhwc},
@@ -564,7 +627,7 @@ def _whole(shape: _Shape, processors: int) -> dict[str, int] | None:
     found = []
     for GT in range(1, shape.G + 1):
         BC = power_of_two(GT * shape.CPG)
-        if BP * BC > _WHOLE:
+        if BP * BC > (_WHOLE // 2 if shape.scattered else _WHOLE):
             break
         if shape.aligned(GT * shape.CPG):
             width = min(GT * shape.CPG * shape.itemsize, 64) if shape.nhwc else 0
@@ -648,6 +711,11 @@ def _images(B: int, image: int, on: _launch.Chip) -> int:
     """
     rounds = 1 if B * image <= on.l2 else min(4, cdiv(B * image, on.l2 // 2))
     return cdiv(B, rounds)
+
+
+def _overlaps(on: _launch.Chip) -> bool:
+    """Whether kernels of a call start before the one before them has ended."""
+    return on.family in ("sm_90", "sm_100")
 
 
 # --- Launchers ---
@@ -750,6 +818,8 @@ class _Plan:
     ) -> _Plan:
         name = kernel.__name__
         default = {"block": 8192 // shape.itemsize, "num_warps": 4, "num_stages": 3}
+        if shape.scattered:
+            default["num_warps"] = 8
         chosen = _launch.config(name, shape.key, on, default)
         if kernel in (group_norm_silu_statistics, group_norm_silu_sums):
             tile = _reduction(shape, chosen["block"])
@@ -757,7 +827,11 @@ class _Plan:
         else:
             tile = _pointwise(shape, chosen["block"])
             across = cdiv(channels.stop, tile["BC"]) - channels.start // tile["BC"]
-        resident = 3 if kernel is group_norm_silu_sums else 4  # by their registers
+        # By their registers: up to 166 of `sums`, and 139 of `statistics` in channels_last.
+        few = kernel is group_norm_silu_sums or (
+            kernel is group_norm_silu_statistics and shape.nhwc
+        )
+        resident = 3 if few else 4
         blocks, chunks = _chunks(shape.HW, tile["BP"], images * across, on.processors, resident)
         return cls(kernel, tile, across, blocks, chunks, chosen["num_warps"], chosen["num_stages"])
 
@@ -766,13 +840,15 @@ class _Plan:
         """Partial results of a group."""
         return self.chunks * self.tile["CS"]
 
-    def launch(self, first: int, images: int, arguments: dict[str, Any]) -> None:
+    def launch(self, first: int, images: int, arguments: dict[str, Any], after: bool) -> None:
+        """Launch for some images; `after` another kernel of the same call, which it may overlap."""
         own = {"first": first, "blocks": self.blocks, "chunks": self.chunks}
         _launch.launch(
             self.kernel,
             (images * self.chunks * self.across,),
             num_warps=self.num_warps,
             num_stages=self.num_stages,
+            launch_pdl=after and arguments["PDL"],
             **(arguments | self.tile | own),
             STAGES=self.num_stages,
         )
@@ -805,6 +881,7 @@ def _forward(
     before = _Plan.make(group_norm_silu_statistics, shape, images, on, every)
     after = _Plan.make(group_norm_silu_apply, shape, images, on, every)
     parts = {name: mean.new_empty(shape.B, before.parts, shape.G) for name in ("means", "squares")}
+    given["PDL"] = _overlaps(on)
     read = {n: v for n, v in given.items() if n in group_norm_silu_statistics.arg_names} | parts
     merged = {
         **{"part_pixels": before.blocks * before.tile["BP"], "parts": before.parts},
@@ -812,8 +889,8 @@ def _forward(
     }
     for first in range(0, shape.B, images):
         n = min(images, shape.B - first)
-        before.launch(first, n, read)
-        after.launch(first, n, given | out | parts | merged)
+        before.launch(first, n, read, first > 0)
+        after.launch(first, n, given | out | parts | merged, True)
 
 
 def _backward(
@@ -840,17 +917,18 @@ def _backward(
     shape, on = _shape(x, skip, num_groups), _launch.chip(x.device)
     given = _given(shape, x, skip, weight, bias, scale, shift)
     given |= {"dy": _dense(dy, shape.nhwc), "mean": mean, "rstd": rstd, "SILU": activate}
-    # The kernels write dense tensors; those for others than x's format are copied afterwards.
-    inputs = {
-        "dx": None if dx is None else _dense_like(dx, shape.nhwc),
-        "dskip": None if dskip is None else _dense_like(dskip, shape.nhwc),
-    }
+    # The kernels write dense tensors: maps in x's format, vectors row by row. Gradients that lie
+    # otherwise in memory (those of a transposed scale do) are copied from such afterwards.
+    wanted = {"dx": dx, "dskip": dskip, "dscale": dscale, "dshift": dshift}
+    wanted |= {"dweight": dweight, "dbias": dbias}
+    inputs = {n: _dense_like(wanted[n], shape.nhwc) for n in ("dx", "dskip")}
+    vectors = {n: _dense_like(g, False) for n, g in wanted.items() if n not in inputs}
     needs_inputs = dx is not None or dskip is not None
     needs_parameters = any(g is not None for g in (dweight, dbias, dscale, dshift))
     tile = _whole(shape, on.processors)
     images = _images(shape.B, 2 * shape.C * shape.HW * shape.itemsize, on)
     channels = range(0 if dx is not None else shape.C1, shape.C if dskip is not None else shape.C1)
-    chunks = 1
+    chunks, overlaps = 1, tile is None and _overlaps(on)
     if tile is None:
         before = _Plan.make(group_norm_silu_sums, shape, images, on, channels)
         chunks = before.chunks
@@ -868,35 +946,47 @@ def _backward(
             name: partials(needs_inputs, shape.B, before.parts, shape.G)
             for name in ("group_zs", "group_zxs")
         }
+        given["PDL"] = overlaps
         after = _Plan.make(group_norm_silu_input_gradients, shape, images, on, channels)
         merged = {"parts": before.parts, "PARTS": _PARTS, "tiles": after.across}
         merged["tile0"] = channels.start // after.tile["BC"]
         for first in range(0, shape.B, images):
             n = min(images, shape.B - first)
-            before.launch(first, n, given | per_channel | per_group)
+            before.launch(first, n, given | per_channel | per_group, first > 0)
             if needs_inputs:
-                after.launch(first, n, given | inputs | per_group | merged)
+                after.launch(first, n, given | inputs | per_group | merged, True)
     if needs_parameters:
         affine = dweight is not None or dbias is not None
         film = dscale is not None or dshift is not None
         arguments: dict[str, Any] = {
             **{n: given[n] for n in ("weight", "bias", "scale", "scale_row")},
-            **{"dweight": dweight, "dbias": dbias, "dscale": dscale, "dshift": dshift},
+            **vectors,
             **{"B": shape.B, "chunks": chunks, "C": shape.C, "AFFINE": int(affine)},
-            **{"BC": 16, "ROWS": 128},
+            # 32 bytes of a row; the rows that a launch of the presets sums in one or two steps.
+            **{"BC": 8, "ROWS": 64 if tile is not None else 512},
         }
-        grid = (cdiv(shape.C, 16) * (affine + shape.B * film),)
+        grid = (cdiv(shape.C, 8) * (affine + shape.B * film),)
         arguments |= per_channel
-        _launch.launch(group_norm_silu_parameter_gradients, grid, num_warps=4, **arguments)
-    for gradient, written in ((dx, inputs["dx"]), (dskip, inputs["dskip"])):
-        if gradient is not None and written is not None and written is not gradient:
-            gradient.copy_(written)
+        num_warps = 2 if tile is not None else 8
+        _launch.launch(
+            group_norm_silu_parameter_gradients,
+            grid,
+            num_warps=num_warps,
+            launch_pdl=overlaps,
+            PDL=overlaps,
+            **arguments,
+        )
+    written = inputs | vectors
+    for name, gradient in wanted.items():
+        dense = written[name]
+        if gradient is not None and dense is not None and dense is not gradient:
+            gradient.copy_(dense)
 
 
-def _dense_like(gradient: Tensor, nhwc: bool) -> Tensor:
+def _dense_like(gradient: Tensor | None, nhwc: bool) -> Tensor | None:
     """The gradient itself where the kernels can write it, else a tensor to copy from."""
     layout = torch.channels_last if nhwc else torch.contiguous_format
-    if gradient.is_contiguous(memory_format=layout):
+    if gradient is None or gradient.is_contiguous(memory_format=layout):
         return gradient
     return torch.empty_like(gradient, memory_format=layout)
 

@@ -264,17 +264,6 @@ def layer_norm_modulate_backward(  # type: ignore[no-untyped-def]
             tl.store(sum_gate + part + o_c, tl.sum(b_sum_gate[c], axis=0), mask=o_c < C)
 
 
-@triton.jit
-def _add_parts(p_part, o_c, parts, C: tl.constexpr, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sum over the parts of one image."""
-    total = tl.zeros([PARTS, o_c.shape[0]], tl.float32)
-    for start in range(0, parts, PARTS):
-        o_part = start + tl.arange(0, PARTS)[:, None]
-        m = (o_part < parts) & (o_c < C)[None, :]
-        total += tl.load(p_part + o_part * C + o_c[None, :], mask=m, other=0.0)
-    return tl.sum(total, axis=0)
-
-
 # A program sums up BLOCK columns of one image; reads the parts, which the cache still holds.
 @triton.jit(do_not_specialize=["parts"])
 def layer_norm_modulate_images(  # type: ignore[no-untyped-def]
@@ -295,23 +284,34 @@ def layer_norm_modulate_images(  # type: ignore[no-untyped-def]
     o_c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m = o_c < C
     first = i_image * parts * C
-    b_dy = tl.zeros([BLOCK], tl.float32)
-    if sum_dy is not None:
-        b_dy = _add_parts(sum_dy + first, o_c, parts, C, PARTS)
+    # One loop, so that the loads of all sums are under way together.
+    b_xhat = tl.zeros([PARTS, BLOCK], tl.float32)
+    b_dy = tl.zeros([PARTS, BLOCK], tl.float32)
+    b_gate = tl.zeros([PARTS, BLOCK], tl.float32)
+    for start in range(0, parts, PARTS):
+        o_part = start + tl.arange(0, PARTS)[:, None]
+        m_part = (o_part < parts) & m[None, :]
+        o = first + o_part * C + o_c[None, :]
+        if d_scale is not None and sum_xhat is not None:
+            b_xhat += tl.load(sum_xhat + o, mask=m_part, other=0.0)
+        if sum_dy is not None:
+            b_dy += tl.load(sum_dy + o, mask=m_part, other=0.0)
+        if d_gate is not None:
+            b_gate += tl.load(sum_gate + o, mask=m_part, other=0.0)
+    o_image = i_image * C + o_c
+    total_dy = tl.sum(b_dy, axis=0)
     if d_shift is not None:
-        tl.store(d_shift + i_image * C + o_c, round_to(b_dy, d_shift.dtype.element_ty), mask=m)
+        tl.store(d_shift + o_image, round_to(total_dy, d_shift.dtype.element_ty), mask=m)
     if d_scale is not None:
-        value = tl.zeros([BLOCK], tl.float32)
-        if sum_xhat is not None:
-            value = _add_parts(sum_xhat + first, o_c, parts, C, PARTS)
+        value = tl.sum(b_xhat, axis=0)
         if weight is not None:
             value *= tl.load(weight + o_c, mask=m, other=0.0).to(tl.float32)
         if bias is not None:
-            value += b_dy * tl.load(bias + o_c, mask=m, other=0.0).to(tl.float32)
-        tl.store(d_scale + i_image * C + o_c, round_to(value, d_scale.dtype.element_ty), mask=m)
+            value += total_dy * tl.load(bias + o_c, mask=m, other=0.0).to(tl.float32)
+        tl.store(d_scale + o_image, round_to(value, d_scale.dtype.element_ty), mask=m)
     if d_gate is not None:
-        value = _add_parts(sum_gate + first, o_c, parts, C, PARTS)
-        tl.store(d_gate + i_image * C + o_c, round_to(value, d_gate.dtype.element_ty), mask=m)
+        value = tl.sum(b_gate, axis=0)
+        tl.store(d_gate + o_image, round_to(value, d_gate.dtype.element_ty), mask=m)
 
 
 # A program sums up BLOCK columns of all images: what follows the norm scales them by 1 + scale.
@@ -513,7 +513,7 @@ def _backward(
     if any(d is not None for d in (d_scale, d_shift, d_gate)):
         _launch.launch(
             layer_norm_modulate_images,
-            (images, _launch.cdiv(C, 64)),
+            (images, _launch.cdiv(C, 32)),
             sum_xhat=sum_xhat,
             sum_dy=sum_dy,
             sum_gate=sum_gate,
@@ -524,14 +524,14 @@ def _backward(
             d_gate=d_gate,
             parts=parts,
             C=C,
-            BLOCK=64,
-            PARTS=32,
+            BLOCK=32,
+            PARTS=64,
             num_warps=4,
         )
     if d_weight is not None or d_bias is not None:
         _launch.launch(
             layer_norm_modulate_parameters,
-            (_launch.cdiv(C, 32),),
+            (_launch.cdiv(C, 8),),
             sum_xhat=sum_xhat,
             sum_dy=sum_dy,
             scale=scale,
@@ -541,8 +541,9 @@ def _backward(
             images=images,
             parts=parts,
             C=C,
-            BLOCK=32,
-            PARTS=128,
+            # 32 bytes of a part, so that more programs share the sums of few columns.
+            BLOCK=8,
+            PARTS=512,
             num_warps=8,
         )
 

@@ -303,6 +303,27 @@ def test_strided_gradient_and_vectors(size, layout):
         compare(call, inputs, dy)
 
 
+def vector_in_memory(form: str, vector: Tensor) -> Tensor:
+    """The vector, or one like it, as it lies in memory otherwise."""
+    if form == "transposed":
+        return vector.t().contiguous().t()
+    if form == "strided":
+        return vector.repeat_interleave(2, -1)[..., ::2]
+    rows = form == "expanded rows" and vector.ndim == 2
+    return (vector[:1] if rows else vector[..., :1]).expand(vector.shape)
+
+
+@both
+@pytest.mark.parametrize("form", ["transposed", "strided", "expanded rows", "expanded columns"])
+def test_vectors_in_any_strides(size, form):
+    *size, groups = size
+    inputs = [t.to(DEVICE) for t in make(*size)]
+    for i in (3, 4) if form == "transposed" else (1, 2, 3, 4):
+        inputs[i] = vector_in_memory(form, inputs[i])
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    compare(call_with(groups), inputs, torch.randn(2, size[0] + size[1], *size[2:], device=DEVICE))
+
+
 @each_layout
 @pytest.mark.parametrize("shape", [(0, 6, 3, 3), (2, 6, 0, 3), (2, 6, 3, 0)], ids=str)
 def test_empty(shape, layout):
@@ -350,6 +371,28 @@ def test_a_few_images_at_a_time():
 
 
 @triton_only
+@each_layout
+@pytest.mark.parametrize("family", ["sm_80", "sm_90"])
+def test_kernels_of_a_call_overlap_where_the_chip_can(family, layout):
+    """Programmatic dependent launch: of all kernels but the first, which waits for earlier work."""
+    *size, groups = BOTH["large"]
+    inputs = on_device(make(*size, B=5))
+    call = call_with(groups, layout)
+    with _launch.pretend(dataclasses.replace(_launch.CHIPS[family], l2=1 << 17)):
+        compare(call, inputs, torch.randn(5, 48, 16, 17, device=DEVICE))
+        with _launch.recording() as launches:
+            y = call(*(t.detach().to("meta").requires_grad_() for t in inputs))
+            forward = len(launches)
+            y.sum().backward()
+    assert forward > 2
+    assert len(launches) > forward + 2
+    later = family == "sm_90"
+    expected = [later and i not in (0, forward) for i in range(len(launches))]
+    assert [launch.launch_pdl for launch in launches] == expected
+    assert all(launch.arguments["PDL"] == later for launch in launches)
+
+
+@triton_only
 def test_a_chip_with_many_processors():
     """Programs of one tile; more parts than a prologue adds up at once."""
     with _launch.pretend(_launch.Chip("default", 300, 101_376, 1 << 30)):
@@ -369,7 +412,7 @@ def test_other_tiles(layout, block):
     inputs = on_device(make(*size))
     call = call_with(groups, layout)
     with pytest.MonkeyPatch.context() as patch:
-        config = {"block": block, "num_warps": 4, "num_stages": 1}
+        config = {"block": block, "num_warps": 4 if block < 8192 else 8, "num_stages": 1}
         overrides = {(name, ",".join(map(str, key))): config for name in kernels}
         patch.setattr(_launch, "_overrides", overrides)
         compare(call, inputs, torch.randn(2, 48, 16, 17, device=DEVICE))

@@ -197,6 +197,23 @@ def test_non_contiguous_input(form):
     compare(names, inputs, [torch.randn(2, 5, 12, device=DEVICE) for _ in range(2)])
 
 
+@pytest.mark.parametrize("form", ["transposed", "strided", "expanded rows", "expanded columns"])
+def test_vectors_in_any_strides(form):
+    def lay(vector: Tensor) -> Tensor:
+        if form == "transposed":
+            return vector.t().contiguous().t()
+        if form == "strided":
+            return vector.repeat_interleave(2, -1)[..., ::2]
+        rows = form == "expanded rows" and vector.ndim == 2
+        return (vector[:1] if rows else vector[..., :1]).expand(vector.shape)
+
+    inputs = [t.to(DEVICE) for t in make(NAMES, middle=(5,), C=12)]
+    for i in (3, 4, 6) if form == "transposed" else (1, 2, 3, 4, 6):
+        inputs[i] = lay(inputs[i])
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    compare(NAMES, inputs, [torch.randn(2, 5, 12, device=DEVICE) for _ in range(2)])
+
+
 def test_channels_last_map():
     """NCHW in channels_last, seen as (B, H, W, C), is read and written where it lies."""
     inputs = [t.to(DEVICE) for t in make(NAMES, middle=(3, 5), C=12)]
