@@ -345,6 +345,7 @@ def measured(
     """Parameters, FLOPs and memory of a model."""
     row: Row = {"library": one.library, "parameters": parameters(one.module)}
     # The plain ops do the same products, and attend by functions that torch's counter knows.
+    right: dict[Any, Any]
     right = {torch.ops.aten.convolution_backward: convolution_backward_flops}
     right |= {torch.ops.aten.addmm_: addmm_flops}
     with rivals.plain(), FlopCounterMode(display=False, custom_mapping=right) as counter:

@@ -241,7 +241,7 @@ def launch(
     *,
     num_warps: int,
     num_stages: int = 2,
-    launch_pdl: bool = False,
+    launch_pdl: bool | int = False,
     **arguments: Any,
 ) -> None:
     """Launch a kernel on the device of its first tensor; nothing for an empty grid.
@@ -258,7 +258,7 @@ def launch(
     if 0 in grid:
         return
     if _record is not None:
-        _record.append(Launch(kernel, grid, arguments, num_warps, num_stages, launch_pdl))
+        _record.append(Launch(kernel, grid, arguments, num_warps, num_stages, bool(launch_pdl)))
         return
     device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
     # Fused multiply-add is asked for: Triton is about to change its default.

@@ -618,8 +618,8 @@ void backward(const Tensor& dy, const Tensor& x, const MaybeTensor& skip, const 
   const auto sum_tile = FASTDIFF_PICK(group_norm_sums);
   const auto apply_tile = FASTDIFF_PICK(group_norm_apply_backward);
   // With SiLU the first pass keeps d for the second where it stays in the cache: of a group, or of
-  // an image in channels_last. `kept` is null or takes them, in the order of y. Also where no second
-  // pass follows: a sum's rounding may not depend on which gradients are wanted.
+  // an image in channels_last. `kept` is null or takes them, in the order of y. Also where no
+  // second pass follows: a sum's rounding may not depend on which gradients are wanted.
   const int64_t keep = silu ? (channels_last ? C : D) * c.pixels : 0;
   const auto tile = [&](int source, int64_t image, int64_t begin, int64_t count, int64_t pixel,
                         int64_t run, float* kept) {
