@@ -164,10 +164,12 @@ def _joined(x, AT: tl.constexpr, PAIR: tl.constexpr):  # type: ignore[no-untyped
 
 
 @triton.jit
-def _both(masks, m, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+def _left_of(masks, column, W, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The masks, where column < W."""
+    at = tl.full([1, 1], 0, tl.int32) + column
     out = ()
     for i in tl.static_range(COUNT):
-        out = out + (masks[i] & m,)
+        out = out + (masks[i] & (at < W),)
     return out
 
 
@@ -387,7 +389,7 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
         else:
             first = 0
             last = W
-            begin = 0
+            begin = first
             end = W
         base = ((image.to(tl.int64) * L + P) + row.to(tl.int64) * W) * C
         stride = W * C
@@ -431,7 +433,7 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
         z2 = _column(
             z_w + (begin + 1) * c_w,
             stride_w,
-            _both(wide, begin + 1 < W, ROWS + 4 * HALO),
+            _left_of(wide, begin + 1, W, ROWS + 4 * HALO),
             2 * FIRST,
             ROWS + 2 * HALO,
         )
@@ -441,6 +443,8 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
         sums = _repeat(zeros, 10 * HALVES)
         sum_dz = _repeat(zeros, HALVES)
         for column in tl.range(begin, end, num_stages=1):
+            # A tensor for the interpreter, too.
+            at = tl.full([1, 1], 0, tl.int32) + column
             f0 = ()
             f1 = ()
             f2 = ()
@@ -471,7 +475,7 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
                         if i >= 0 and i < ROWS:
                             if parts is not None:
                                 if SPLIT:
-                                    b_d = tl.where((column >= first) & (column < last), b_d, 0.0)
+                                    b_d = tl.where((at >= first) & (at < last), b_d, 0.0)
                                 sums = _correlate_row(
                                     sums,
                                     b_d,
@@ -489,16 +493,16 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
                         if i >= 0 and i < ROWS:
                             m = owned[i]
                             if SPLIT:
-                                m = m & (column >= first) & (column < last)
+                                m = m & (at >= first) & (at < last)
                             tl.store(
                                 y + o + (column * C + i * stride), _joined(b_y, 0, PAIR), mask=m
                             )
-                if i == ROWS // 2:
+                if i == 3 * ROWS // 4:
                     # On their way during the rest of the step and other warps' steps.
                     next_z = _column(
                         z_w + (column + 2) * c_w,
                         stride_w,
-                        _both(wide, column + 2 < W, ROWS + 4 * HALO),
+                        _left_of(wide, column + 2, W, ROWS + 4 * HALO),
                         2 * FIRST,
                         ROWS + 2 * HALO,
                     )
@@ -524,8 +528,8 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
                             new_here = new_here + (c,)
                         sum_dz = _store_dz(
                             dz + o + ((column - 1) * C + (i - 1) * stride),
-                            owned[i - 1] & (column > first),
-                            masks[i - 1 + HALO] & (column > first),
+                            owned[i - 1] & (at > first),
+                            masks[i - 1 + HALO] & (at > first),
                             b_dz,
                             sum_dz,
                             SUMS == 11,
