@@ -375,7 +375,9 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
             if dz is not None:
                 tl.store(dz + o_token, round_to(token_dz, dz.dtype.element_ty), mask=m_token)
             if y is not None:
-                tl.store(y + o_token, round_to(_gelu(token_z, EXACT), y.dtype.element_ty), mask=m_token)
+                tl.store(
+                    y + o_token, round_to(_gelu(token_z, EXACT), y.dtype.element_ty), mask=m_token
+                )
         if SUMS == 11:
             tl.store(parts + 10 * C + o_c, tl.sum(of_prefix, axis=0, keep_dims=True), mask=m_c)
     else:
@@ -401,8 +403,8 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
             dy_w = dy_w.to(tl.pointer_type(tl.int32), bitcast=True)
         c_w: tl.constexpr = C // HALVES
         stride_w = W * c_w
-        z_w += o_band * (ROWS * stride_w) + o_w
-        dy_w += o_band * (ROWS * stride_w) + o_w
+        # Offsets of 32 bits: pointers of every lane would be three pairs of registers.
+        at_w = o_band * (ROWS * stride_w) + o_w
         if dz is not None:
             dz += base
         if y is not None:
@@ -417,27 +419,28 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
         for half in tl.static_range(HALVES):
             b_taps = b_taps + _taps(taps + half, o_w * HALVES, m_w, C)
             b_bias = b_bias + (
-                zeros
-                + tl.load(bias + half + o_w * HALVES, mask=m_w, other=0.0).to(tl.float32),
+                zeros + tl.load(bias + half + o_w * HALVES, mask=m_w, other=0.0).to(tl.float32),
             )
 
         # z0, z1 and z2 are the columns of z left of `column`, at it, and right of it; `left` and
         # `here` are columns of dz, short of what `column` and those after it add.
         FIRST: tl.constexpr = -HALO
         LAST: tl.constexpr = ROWS + HALO
-        z1 = _column(z_w + begin * c_w, stride_w, wide, 2 * FIRST, ROWS + 2 * HALO)
+        z1 = _column(z_w + (at_w + begin * c_w), stride_w, wide, 2 * FIRST, ROWS + 2 * HALO)
         z0 = _repeat(tl.zeros([BANDS, WORDS], z_w.dtype.scalar.element_ty), ROWS + 4 * HALO)
         if SPLIT:
             if begin > 0:
-                z0 = _column(z_w + (begin - 1) * c_w, stride_w, wide, 2 * FIRST, ROWS + 2 * HALO)
+                z0 = _column(
+                    z_w + (at_w + (begin - 1) * c_w), stride_w, wide, 2 * FIRST, ROWS + 2 * HALO
+                )
         z2 = _column(
-            z_w + (begin + 1) * c_w,
+            z_w + (at_w + (begin + 1) * c_w),
             stride_w,
             _left_of(wide, begin + 1, W, ROWS + 4 * HALO),
             2 * FIRST,
             ROWS + 2 * HALO,
         )
-        b_dy = _column(dy_w + begin * c_w, stride_w, masks, FIRST, LAST)
+        b_dy = _column(dy_w + (at_w + begin * c_w), stride_w, masks, FIRST, LAST)
         left = _repeat(zeros, ROWS * HALVES)
         here = _repeat(zeros, ROWS * HALVES)
         sums = _repeat(zeros, 10 * HALVES)
@@ -467,9 +470,18 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
                         x = b_bias[half]
                         for ky in tl.static_range(3):
                             if i + ky > -2 * HALO and i + ky <= ROWS + 2 * HALO:
-                                x += b_taps[9 * half + 3 * ky] * f0[(i + ky - 1 + 2 * HALO) * HALVES + half]
-                                x += b_taps[9 * half + 3 * ky + 1] * f1[(i + ky - 1 + 2 * HALO) * HALVES + half]
-                                x += b_taps[9 * half + 3 * ky + 2] * f2[(i + ky - 1 + 2 * HALO) * HALVES + half]
+                                x += (
+                                    b_taps[9 * half + 3 * ky]
+                                    * f0[(i + ky - 1 + 2 * HALO) * HALVES + half]
+                                )
+                                x += (
+                                    b_taps[9 * half + 3 * ky + 1]
+                                    * f1[(i + ky - 1 + 2 * HALO) * HALVES + half]
+                                )
+                                x += (
+                                    b_taps[9 * half + 3 * ky + 2]
+                                    * f2[(i + ky - 1 + 2 * HALO) * HALVES + half]
+                                )
                         b_d = f_dy[half] * _gelu_slope(x, EXACT, y is not None)
                         d = d + (b_d,)
                         if i >= 0 and i < ROWS:
@@ -495,19 +507,23 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
                             if SPLIT:
                                 m = m & (at >= first) & (at < last)
                             tl.store(
-                                y + o + (column * C + i * stride), _joined(b_y, 0, PAIR), mask=m
+                                y + (o + column * C) + i * stride, _joined(b_y, 0, PAIR), mask=m
                             )
                 if i == 3 * ROWS // 4:
                     # On their way during the rest of the step and other warps' steps.
                     next_z = _column(
-                        z_w + (column + 2) * c_w,
+                        z_w + (at_w + (column + 2) * c_w),
                         stride_w,
                         _left_of(wide, column + 2, W, ROWS + 4 * HALO),
                         2 * FIRST,
                         ROWS + 2 * HALO,
                     )
                     next_dy = _column(
-                        dy_w + tl.minimum(column + 1, W - 1) * c_w, stride_w, masks, FIRST, LAST
+                        dy_w + (at_w + tl.minimum(column + 1, W - 1) * c_w),
+                        stride_w,
+                        masks,
+                        FIRST,
+                        LAST,
                     )
                 # d of rows i - 2, i - 1 and i makes row i - 1 of dz.
                 if dz is not None:
@@ -527,7 +543,7 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
                             new_left = new_left + (b,)
                             new_here = new_here + (c,)
                         sum_dz = _store_dz(
-                            dz + o + ((column - 1) * C + (i - 1) * stride),
+                            dz + (o + (column - 1) * C) + (i - 1) * stride,
                             owned[i - 1] & (at > first),
                             masks[i - 1 + HALO] & (at > first),
                             b_dz,
@@ -548,7 +564,7 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
                     for half in tl.static_range(HALVES):
                         b_dz = b_dz + (left[i * HALVES + half],)
                     sum_dz = _store_dz(
-                        dz + o + ((W - 1) * C + i * stride),
+                        dz + (o + (W - 1) * C) + i * stride,
                         owned[i],
                         masks[i + HALO],
                         b_dz,
@@ -618,7 +634,11 @@ TUNABLE: dict[str, list[_launch.Config]] = {
             *((8, 4, 64, 4), (4, 4, 64, 4)),
         )
     ],
-    "dwconv_gelu_sums": [{"BLOCK": 64}, {"BLOCK": 128}],
+    "dwconv_gelu_sums": [
+        {"BLOCK": 32, "PARTS": 128},
+        {"BLOCK": 32, "PARTS": 64},
+        {"BLOCK": 64, "PARTS": 32},
+    ],
 }
 
 
@@ -718,32 +738,33 @@ def backward(
     parts = None
     if d_weight is not None or d_bias is not None or sum_dz is not None:
         parts = z.new_empty((tiles, sums, C), dtype=torch.float32)
-    to_dz, to_weight = _contiguous(dz), _contiguous(d_weight)
-    plan |= {"z": z, "dy": dy, "taps": taps, "bias": bias, "dz": to_dz, "y": y, "parts": parts}
+    # What the kernels fill in the stead of tensors that are not contiguous.
+    wanted = dz, d_weight, d_bias, sum_dz
+    filled = [_contiguous(tensor) for tensor in wanted]
+    plan |= {"z": z, "dy": dy, "taps": taps, "bias": bias, "y": y, "parts": parts}
     halo = 0 if plan["BANDS"] == 1 and grid[0] <= plan["ROWS"] else 1
-    _launch.launch(dwconv_gelu_backward, SUMS=sums, HALO=halo, PAIR=pair, **plan)
-    if dz is not None and to_dz is not None and to_dz is not dz:
-        dz.copy_(to_dz)
-    if parts is None:
-        return
-    default = {"BLOCK": min(128, _launch.power_of_two(C)), "PARTS": 16, "num_warps": 4}
-    chip = _launch.chip(z.device)
-    config = _launch.config("dwconv_gelu_sums", (C,), chip, default | {"num_stages": 2})
-    _launch.launch(
-        dwconv_gelu_sums,
-        (sums * _launch.cdiv(C, config["BLOCK"]),),
-        parts=parts,
-        d_weight=to_weight,
-        d_bias=d_bias,
-        sum_dz=sum_dz,
-        planes=planes,
-        tiles=tiles,
-        C=C,
-        SUMS=sums,
-        **config,
-    )
-    if d_weight is not None and to_weight is not None and to_weight is not d_weight:
-        d_weight.copy_(to_weight)
+    _launch.launch(dwconv_gelu_backward, dz=filled[0], SUMS=sums, HALO=halo, PAIR=pair, **plan)
+    if parts is not None:
+        # One load of every thread takes all parts of a usual call, and every processor has some.
+        default = {"BLOCK": 32, "PARTS": 16 if tiles <= 16 else 128, "num_warps": 4}
+        chip = _launch.chip(z.device)
+        config = _launch.config("dwconv_gelu_sums", (C,), chip, default)
+        _launch.launch(
+            dwconv_gelu_sums,
+            (sums * _launch.cdiv(C, config["BLOCK"]),),
+            parts=parts,
+            d_weight=filled[1],
+            d_bias=filled[2],
+            sum_dz=filled[3],
+            planes=planes,
+            tiles=tiles,
+            C=C,
+            SUMS=sums,
+            **config,
+        )
+    for tensor, full in zip(wanted, filled, strict=True):
+        if tensor is not None and full is not None and full is not tensor:
+            tensor.copy_(full)
 
 
 def _contiguous(to_fill: Tensor | None) -> Tensor | None:
