@@ -358,9 +358,6 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
         m_w = o_w < C // HALVES
     o_band = tl.arange(0, BANDS)[:, None]
     L = P + H * W
-    if parts is not None:
-        parts += tile.to(tl.int64) * (SUMS * C)
-
     planes = B * stripes * spans
     if tile >= planes:
         of_prefix = tl.zeros([BANDS, BLOCK], tl.float32)
@@ -379,7 +376,8 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
                     y + o_token, round_to(_gelu(token_z, EXACT), y.dtype.element_ty), mask=m_token
                 )
         if SUMS == 11:
-            tl.store(parts + 10 * C + o_c, tl.sum(of_prefix, axis=0, keep_dims=True), mask=m_c)
+            to_part = parts + tile.to(tl.int64) * (SUMS * C)
+            tl.store(to_part + 10 * C + o_c, tl.sum(of_prefix, axis=0, keep_dims=True), mask=m_c)
     else:
         image = tile // (stripes * spans)
         row = tile // spans % stripes * (BANDS * ROWS)
@@ -572,13 +570,17 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
                         SUMS == 11,
                     )
         if parts is not None:
-            for half in tl.static_range(HALVES):
-                for k in tl.static_range(10):
-                    total = tl.sum(sums[k * HALVES + half], axis=0, keep_dims=True)
-                    tl.store(parts + (k * C + half) + o_w * HALVES, total, mask=m_w)
-                if SUMS == 11:
-                    total = tl.sum(sum_dz[half], axis=0, keep_dims=True)
-                    tl.store(parts + (10 * C + half) + o_w * HALVES, total, mask=m_w)
+            part = parts + tile.to(tl.int64) * (SUMS * C)
+            for k in tl.static_range(10):
+                totals = ()
+                for half in tl.static_range(HALVES):
+                    totals = totals + (tl.sum(sums[k * HALVES + half], axis=0, keep_dims=True),)
+                tl.store(part + k * C + o_c, _joined(totals, 0, PAIR), mask=m_c)
+            if SUMS == 11:
+                totals = ()
+                for half in tl.static_range(HALVES):
+                    totals = totals + (tl.sum(sum_dz[half], axis=0, keep_dims=True),)
+                tl.store(part + 10 * C + o_c, _joined(totals, 0, PAIR), mask=m_c)
 
 
 # A program adds the parts of BLOCK columns of one of the sums, in their order.
@@ -730,8 +732,11 @@ def backward(
     z, dy, bias = z.contiguous(), dy.contiguous(), bias.contiguous()
     # Words of two channels, where they lie at multiples of their size.
     pair = z.element_size() == 2 and C % 2 == 0 and not (z.data_ptr() | dy.data_ptr()) % 4
-    rows = min(16, max(4, _launch.power_of_two(grid[0])))
-    bands = 2 if grid[0] > 16 else 1
+    # 16 rows fit where one band has all of them, y is not asked for, and a thread has words.
+    tall = pair and y is None and grid[0] <= 16
+    tall = tall and _launch.chip(z.device).family in ("sm_90", "default")
+    rows = min(16 if tall else 8, max(4, _launch.power_of_two(grid[0])))
+    bands = 2 if grid[0] > rows else 1
     block = min(64 if z.element_size() == 2 else 32, max(2, _launch.power_of_two(C)))
     default = {"BLOCK": block, "ROWS": rows, "BANDS": bands, "num_warps": bands}
     planes, tiles, plan = _plan("dwconv_gelu_backward", z, grid, prefix, default)
