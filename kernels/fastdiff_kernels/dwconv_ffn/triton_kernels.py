@@ -8,10 +8,9 @@ the convolutions alone are 9 and 27. So each value is loaded and widened about o
 along the columns of BANDS x ROWS rows of a plane of BLOCK channels. The ROWS rows of a band are
 unrolled, each a tile (BANDS, BLOCK) in registers; the columns to the left and right are registers
 of other steps; only the rows above and below a band are loaded by two bands, from the cache. The
-forward takes 25 instructions an element. The backward takes 62, or 66 where it also writes y, and
-all registers: a thread has 2 channels, so its loads are of 4 bytes, but those of a warp of a line.
-Of 16 bytes they cost more: with 8 channels a thread, whose taps and sums alone are 160 registers,
-102 instructions and more, and spills; staged through shared memory, 67 (for 66), and a spill.
+forward takes 25 instructions an element. The backward takes 49 where one program has all 16 rows of
+a grid, and 69 where it also writes y, in bands of 8 rows. A thread has 2 channels, so its loads are
+of 4 bytes, but those of a warp of a line.
 The tail of the normal distribution is, for 2-byte dtypes, one exponential of a polynomial.
 """
 
@@ -358,6 +357,9 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
         m_w = o_w < C // HALVES
     o_band = tl.arange(0, BANDS)[:, None]
     L = P + H * W
+    if parts is not None:
+        parts += tile.to(tl.int64) * (SUMS * C)
+
     planes = B * stripes * spans
     if tile >= planes:
         of_prefix = tl.zeros([BANDS, BLOCK], tl.float32)
@@ -376,8 +378,7 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
                     y + o_token, round_to(_gelu(token_z, EXACT), y.dtype.element_ty), mask=m_token
                 )
         if SUMS == 11:
-            to_part = parts + tile.to(tl.int64) * (SUMS * C)
-            tl.store(to_part + 10 * C + o_c, tl.sum(of_prefix, axis=0, keep_dims=True), mask=m_c)
+            tl.store(parts + 10 * C + o_c, tl.sum(of_prefix, axis=0, keep_dims=True), mask=m_c)
     else:
         image = tile // (stripes * spans)
         row = tile // spans % stripes * (BANDS * ROWS)
@@ -570,17 +571,13 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
                         SUMS == 11,
                     )
         if parts is not None:
-            part = parts + tile.to(tl.int64) * (SUMS * C)
-            for k in tl.static_range(10):
-                totals = ()
-                for half in tl.static_range(HALVES):
-                    totals = totals + (tl.sum(sums[k * HALVES + half], axis=0, keep_dims=True),)
-                tl.store(part + k * C + o_c, _joined(totals, 0, PAIR), mask=m_c)
-            if SUMS == 11:
-                totals = ()
-                for half in tl.static_range(HALVES):
-                    totals = totals + (tl.sum(sum_dz[half], axis=0, keep_dims=True),)
-                tl.store(part + 10 * C + o_c, _joined(totals, 0, PAIR), mask=m_c)
+            for half in tl.static_range(HALVES):
+                for k in tl.static_range(10):
+                    total = tl.sum(sums[k * HALVES + half], axis=0, keep_dims=True)
+                    tl.store(parts + (k * C + half) + o_w * HALVES, total, mask=m_w)
+                if SUMS == 11:
+                    total = tl.sum(sum_dz[half], axis=0, keep_dims=True)
+                    tl.store(parts + (10 * C + half) + o_w * HALVES, total, mask=m_w)
 
 
 # A program adds the parts of BLOCK columns of one of the sums, in their order.
