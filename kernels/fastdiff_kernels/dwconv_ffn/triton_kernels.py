@@ -105,6 +105,24 @@ def _column(p, stride, masks, FIRST: tl.constexpr, LAST: tl.constexpr):  # type:
 
 
 @triton.jit
+def _reload(rows, old, p, stride, masks, go, LAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """rows and those up to LAST (exclusive) at p, or any values unless `go`.
+
+    The rows go into registers of `old`, whose values are of no more use. The branch keeps the
+    compiler from moving work of the rows before it behind it, which would take registers.
+    """
+    if go:
+        more = ()
+        for j in tl.static_range(len(rows), LAST):
+            more = more + (tl.load(p + j * stride, mask=masks[j], other=0.0),)
+    else:
+        more = ()
+        for j in tl.static_range(len(rows), LAST):
+            more = more + (old[j],)
+    return rows + more
+
+
+@triton.jit
 def _taps(p_taps, o_c, m_c, C: tl.constexpr):  # type: ignore[no-untyped-def]
     taps = ()
     for k in tl.static_range(9):
@@ -338,6 +356,7 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
     HALO: tl.constexpr,
     PAIR: tl.constexpr,
 ):
+    GROUP: tl.constexpr = 8
     DTYPE: tl.constexpr = z.dtype.element_ty
     EXACT: tl.constexpr = DTYPE == tl.float32
     BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
@@ -358,7 +377,8 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
     o_band = tl.arange(0, BANDS)[:, None]
     L = P + H * W
     if parts is not None:
-        parts += tile.to(tl.int64) * (SUMS * C)
+        # By programs, not by channels: an address that takes no registers during the loop.
+        parts += tl.program_id(0).to(tl.int64) * (SUMS * BLOCK)
 
     planes = B * stripes * spans
     if tile >= planes:
@@ -378,7 +398,8 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
                     y + o_token, round_to(_gelu(token_z, EXACT), y.dtype.element_ty), mask=m_token
                 )
         if SUMS == 11:
-            tl.store(parts + 10 * C + o_c, tl.sum(of_prefix, axis=0, keep_dims=True), mask=m_c)
+            prefix_sum = tl.sum(of_prefix, axis=0, keep_dims=True)
+            tl.store(parts + 10 * BLOCK + tl.arange(0, BLOCK)[None, :], prefix_sum)
     else:
         image = tile // (stripes * spans)
         row = tile // spans % stripes * (BANDS * ROWS)
@@ -453,6 +474,11 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
             d = ()
             new_left = ()
             new_here = ()
+            next_z = ()
+            next_dy = ()
+            next_wide = _left_of(wide, column + 2, W, ROWS + 4 * HALO)
+            p_z = z_w + (at_w + (column + 2) * c_w - 2 * HALO * stride_w)
+            p_dy = dy_w + (at_w + (column + 1) * c_w - HALO * stride_w)
             for j in tl.static_range(0, 1 + HALO):
                 f0 = f0 + _halves(z0[j], DTYPE, PAIR)
                 f1 = f1 + _halves(z1[j], DTYPE, PAIR)
@@ -508,22 +534,6 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
                             tl.store(
                                 y + (o + column * C) + i * stride, _joined(b_y, 0, PAIR), mask=m
                             )
-                if i == 3 * ROWS // 4:
-                    # On their way during the rest of the step and other warps' steps.
-                    next_z = _column(
-                        z_w + (at_w + (column + 2) * c_w),
-                        stride_w,
-                        _left_of(wide, column + 2, W, ROWS + 4 * HALO),
-                        2 * FIRST,
-                        ROWS + 2 * HALO,
-                    )
-                    next_dy = _column(
-                        dy_w + (at_w + tl.minimum(column + 1, W - 1) * c_w),
-                        stride_w,
-                        masks,
-                        FIRST,
-                        LAST,
-                    )
                 # d of rows i - 2, i - 1 and i makes row i - 1 of dz.
                 if dz is not None:
                     if i >= 1:
@@ -549,6 +559,19 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
                             sum_dz,
                             SUMS == 11,
                         )
+                if i > 0 and i + 1 < ROWS and i % GROUP == GROUP - 1:
+                    next_z = _reload(
+                        next_z, z0, p_z, stride_w, next_wide, column + 1 < end, i + 2 * HALO
+                    )
+                    next_dy = _reload(
+                        next_dy, b_dy, p_dy, stride_w, masks, column + 1 < end, i + 1 + HALO
+                    )
+            next_z = _reload(
+                next_z, z0, p_z, stride_w, next_wide, column + 1 < end, ROWS + 4 * HALO
+            )
+            next_dy = _reload(
+                next_dy, b_dy, p_dy, stride_w, masks, column + 1 < end, ROWS + 2 * HALO
+            )
             if dz is not None:
                 left = new_left
                 here = new_here
@@ -571,13 +594,14 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
                         SUMS == 11,
                     )
         if parts is not None:
+            o_part = tl.arange(0, WORDS)[None, :] * HALVES
             for half in tl.static_range(HALVES):
                 for k in tl.static_range(10):
                     total = tl.sum(sums[k * HALVES + half], axis=0, keep_dims=True)
-                    tl.store(parts + (k * C + half) + o_w * HALVES, total, mask=m_w)
+                    tl.store(parts + (k * BLOCK + half) + o_part, total)
                 if SUMS == 11:
                     total = tl.sum(sum_dz[half], axis=0, keep_dims=True)
-                    tl.store(parts + (10 * C + half) + o_w * HALVES, total, mask=m_w)
+                    tl.store(parts + (10 * BLOCK + half) + o_part, total)
 
 
 # A program adds the parts of BLOCK columns of one of the sums, in their order.
@@ -593,7 +617,9 @@ def dwconv_gelu_sums(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
     SUMS: tl.constexpr,
+    OF: tl.constexpr,
 ):
+    # A part is (channels / OF, SUMS, OF).
     BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
     k = tl.program_id(0) // BLOCKS
     o_c = (tl.program_id(0) % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
@@ -604,9 +630,11 @@ def dwconv_gelu_sums(  # type: ignore[no-untyped-def]
     else:
         count = tiles
     b_sum = tl.zeros([PARTS, BLOCK], tl.float32)
+    o_sum = o_c // OF * (SUMS * OF) + k * OF + o_c % OF
+    part: tl.constexpr = (C + OF - 1) // OF * (SUMS * OF)
     for start in range(0, count, PARTS):
         o_part = start + tl.arange(0, PARTS)[:, None]
-        o = o_part.to(tl.int64) * (SUMS * C) + (k * C + o_c)[None, :]
+        o = o_part.to(tl.int64) * part + o_sum[None, :]
         b_sum += tl.load(parts + o, mask=(o_part < count) & m_c[None, :], other=0.0)
     b_total = tl.sum(b_sum, axis=0)
     if k < 9:
@@ -739,7 +767,7 @@ def backward(
     planes, tiles, plan = _plan("dwconv_gelu_backward", z, grid, prefix, default)
     parts = None
     if d_weight is not None or d_bias is not None or sum_dz is not None:
-        parts = z.new_empty((tiles, sums, C), dtype=torch.float32)
+        parts = z.new_empty((*plan["grid"], sums, plan["BLOCK"]), dtype=torch.float32)
     # What the kernels fill in the stead of tensors that are not contiguous.
     wanted = dz, d_weight, d_bias, sum_dz
     filled = [_contiguous(tensor) for tensor in wanted]
@@ -762,6 +790,7 @@ def backward(
             tiles=tiles,
             C=C,
             SUMS=sums,
+            OF=plan["BLOCK"],
             **config,
         )
     for tensor, full in zip(wanted, filled, strict=True):
