@@ -376,10 +376,6 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
         m_w = o_w < C // HALVES
     o_band = tl.arange(0, BANDS)[:, None]
     L = P + H * W
-    if parts is not None:
-        # By programs, not by channels: an address that takes no registers during the loop.
-        parts += tl.program_id(0).to(tl.int64) * (SUMS * BLOCK)
-
     planes = B * stripes * spans
     if tile >= planes:
         of_prefix = tl.zeros([BANDS, BLOCK], tl.float32)
@@ -399,6 +395,7 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
                 )
         if SUMS == 11:
             prefix_sum = tl.sum(of_prefix, axis=0, keep_dims=True)
+            parts += tl.program_id(0).to(tl.int64) * (SUMS * BLOCK)
             tl.store(parts + 10 * BLOCK + tl.arange(0, BLOCK)[None, :], prefix_sum)
     else:
         image = tile // (stripes * spans)
@@ -594,6 +591,8 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
                         SUMS == 11,
                     )
         if parts is not None:
+            # By programs, not by channels: an address that takes no registers during the loop.
+            parts += tl.program_id(0).to(tl.int64) * (SUMS * BLOCK)
             o_part = tl.arange(0, WORDS)[None, :] * HALVES
             for half in tl.static_range(HALVES):
                 for k in tl.static_range(10):
