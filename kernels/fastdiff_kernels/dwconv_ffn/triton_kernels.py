@@ -756,10 +756,11 @@ def backward(
     z, dy, bias = z.contiguous(), dy.contiguous(), bias.contiguous()
     # Words of two channels, where they lie at multiples of their size.
     pair = z.element_size() == 2 and C % 2 == 0 and not (z.data_ptr() | dy.data_ptr()) % 4
-    # 16 rows fit where one band has all of them, y is not asked for, and a thread has words.
-    tall = pair and y is None and grid[0] <= 16
-    tall = tall and _launch.chip(z.device).family in ("sm_90", "default")
-    rows = min(16 if tall else 8, max(4, _launch.power_of_two(grid[0])))
+    family = _launch.chip(z.device).family
+    # 16 rows fit where one band has all of them and a thread has words. The interpreter takes as
+    # long for a row as for a band of them, so it gets few rows.
+    tallest = 16 if pair and grid[0] <= 16 and family == "sm_90" else 8
+    rows = min(4 if family == "default" else tallest, max(4, _launch.power_of_two(grid[0])))
     bands = 2 if grid[0] > rows else 1
     block = min(64 if z.element_size() == 2 else 32, max(2, _launch.power_of_two(C)))
     default = {"BLOCK": block, "ROWS": rows, "BANDS": bands, "num_warps": bands}

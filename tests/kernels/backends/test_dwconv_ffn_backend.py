@@ -124,6 +124,18 @@ def test_every_configuration_that_tuning_may_choose(grid):
 
 
 @only_triton
+@pytest.mark.parametrize(("H", "W"), [(16, 2), (13, 5)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_rows_in_words_of_two_channels(H, W, dtype):
+    """What Hopper runs on grids of 9 to 16 rows: a whole width, and cut; with y again and without."""
+    with _launch.pretend(_launch.CHIPS["sm_90"]):
+        if dtype is torch.float16:
+            check_numerics(gelu_on((H, W), 1), make((H, W), 1, 64), dtype)
+        else:
+            check_numerics(ffn_on((H, W), 1), make_ffn((H, W), 1, 16, 64), dtype)
+
+
+@only_triton
 def test_more_parts_than_are_added_at_once():
     few = _launch.override("dwconv_gelu_sums", "8", {"PARTS": 16})
     with _launch.pretend(_launch.Chip("default", 300, 101_376, 1 << 20)), few:
