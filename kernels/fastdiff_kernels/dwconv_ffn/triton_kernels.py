@@ -8,9 +8,9 @@ the convolutions alone are 9 and 27. So each value is loaded and widened about o
 along the columns of BANDS x ROWS rows of a plane of BLOCK channels. The ROWS rows of a band are
 unrolled, each a tile (BANDS, BLOCK) in registers; the columns to the left and right are registers
 of other steps; only the rows above and below a band are loaded by two bands, from the cache. The
-forward takes 25 instructions an element. The backward takes 49 where one program has all 16 rows of
-a grid, and 69 where it also writes y, in bands of 8 rows. A thread has 2 channels, so its loads are
-of 4 bytes, but those of a warp of a line.
+forward takes 25 instructions an element. The backward takes 49, and 56 where it also writes y, if
+one program has all 16 rows of a grid; in bands of 8 rows it takes 68 with y. A thread has 2
+channels, so its loads are of 4 bytes, but those of a warp of a line.
 The tail of the normal distribution is, for 2-byte dtypes, one exponential of a polynomial.
 """
 
@@ -328,7 +328,8 @@ def dwconv_gelu_forward(  # type: ignore[no-untyped-def]
 # d, and of dz. HALO is 0 where one band has all rows of the grid.
 #
 # Columns of 2-byte dtypes stay in registers as words of two channels (PAIR). A step takes one row
-# after the other, so that few widened values are alive: that leaves room for 16 rows.
+# after the other, so that few widened values are alive: that leaves room for 16 rows. After every
+# GROUP rows it loads the next step's into the registers of those that it is done with.
 @triton.jit(do_not_specialize=["B", "H", "W", "P", "stripes", "spans", "span"])
 def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
     z,
