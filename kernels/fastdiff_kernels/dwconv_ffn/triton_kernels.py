@@ -161,23 +161,27 @@ def _store_gelu(p, stride, masks, x, FIRST: tl.constexpr, ROWS: tl.constexpr, EX
 @triton.jit
 def _halves(w, DTYPE: tl.constexpr, PAIR: tl.constexpr):  # type: ignore[no-untyped-def]
     """A tile in float32; of words of two values, the tile of the first and that of the second."""
+    # One return: the compiler does not leave out what follows one in a branch.
     if not PAIR:
-        return (w.to(tl.float32),)
-    if DTYPE == tl.bfloat16:
-        return (w << 16).to(tl.float32, bitcast=True), (w & -65536).to(tl.float32, bitcast=True)
-    first, second = w.to(tl.int16), (w >> 16).to(tl.int16)
-    return (
-        first.to(tl.float16, bitcast=True).to(tl.float32),
-        second.to(tl.float16, bitcast=True).to(tl.float32),
-    )
+        out = (w.to(tl.float32),)
+    elif DTYPE == tl.bfloat16:
+        out = (w << 16).to(tl.float32, bitcast=True), (w & -65536).to(tl.float32, bitcast=True)
+    else:
+        out = (
+            w.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32),
+            (w >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32),
+        )
+    return out
 
 
 @triton.jit
 def _joined(x, AT: tl.constexpr, PAIR: tl.constexpr):  # type: ignore[no-untyped-def]
     """The tile whose halves are x[AT] and x[AT + 1]; x[AT] where there are none."""
-    if not PAIR:
-        return x[AT]
-    return tl.reshape(tl.join(x[AT], x[AT + 1]), [x[AT].shape[0], 2 * x[AT].shape[1]])
+    if PAIR:
+        out = tl.reshape(tl.join(x[AT], x[AT + 1]), [x[AT].shape[0], 2 * x[AT].shape[1]])
+    else:
+        out = x[AT]
+    return out
 
 
 @triton.jit
@@ -195,11 +199,11 @@ def _store_dz(p, m, m_w, dz, total, SUM: tl.constexpr):  # type: ignore[no-untyp
     """Stores a row of the halves dz; returns total + dz, masked."""
     PAIR: tl.constexpr = len(dz) == 2
     tl.store(p, round_to(_joined(dz, 0, PAIR), p.dtype.element_ty), mask=m)
-    if not SUM:
-        return total
-    out = ()
-    for half in tl.static_range(len(dz)):
-        out = out + (total[half] + tl.where(m_w, dz[half], 0.0),)
+    out = total
+    if SUM:
+        out = ()
+        for half in tl.static_range(len(dz)):
+            out = out + (total[half] + tl.where(m_w, dz[half], 0.0),)
     return out
 
 
@@ -758,9 +762,9 @@ def backward(
     # Words of two channels, where they lie at multiples of their size.
     pair = z.element_size() == 2 and C % 2 == 0 and not (z.data_ptr() | dy.data_ptr()) % 4
     family = _launch.chip(z.device).family
-    # 16 rows fit where one band has all of them and a thread has words. The interpreter takes as
-    # long for a row as for a band of them, so it gets few rows.
-    tallest = 16 if pair and grid[0] <= 16 and family == "sm_90" else 8
+    # 16 rows fit where one band has all of them and a thread has words; on Blackwell they spill. The
+    # interpreter takes as long for a row as for a band of them, so it gets few rows.
+    tallest = 16 if pair and grid[0] <= 16 and family in ("sm_80", "sm_90") else 8
     rows = min(4 if family == "default" else tallest, max(4, _launch.power_of_two(grid[0])))
     bands = 2 if grid[0] > rows else 1
     block = min(64 if z.element_size() == 2 else 32, max(2, _launch.power_of_two(C)))
