@@ -762,7 +762,7 @@ def backward(
     # Words of two channels, where they lie at multiples of their size.
     pair = z.element_size() == 2 and C % 2 == 0 and not (z.data_ptr() | dy.data_ptr()) % 4
     family = _launch.chip(z.device).family
-    # 16 rows fit where one band has all of them and a thread has words; on Blackwell they spill. The
+    # 16 rows fit where one band has all of them and a thread has words; on sm_100 they spill. The
     # interpreter takes as long for a row as for a band of them, so it gets few rows.
     tallest = 16 if pair and grid[0] <= 16 and family in ("sm_80", "sm_90") else 8
     rows = min(4 if family == "default" else tallest, max(4, _launch.power_of_two(grid[0])))
