@@ -8,10 +8,9 @@ the convolutions alone are 9 and 27. So each value is loaded and widened about o
 along the columns of BANDS x ROWS rows of a plane of BLOCK channels. The ROWS rows of a band are
 unrolled, each a tile (BANDS, BLOCK) in registers; the columns to the left and right are registers
 of other steps; only the rows above and below a band are loaded by two bands, from the cache. The
-forward takes 25 instructions an element. The backward takes 62, or 66 where it also writes y, and
-all registers: a thread has 2 channels, so its loads are of 4 bytes, but those of a warp of a line.
-Of 16 bytes they cost more: with 8 channels a thread, whose taps and sums alone are 160 registers,
-102 instructions and more, and spills; staged through shared memory, 67 (for 66), and a spill.
+forward takes 25 instructions an element. The backward takes 49, and 56 where it also writes y, if
+one program has all 16 rows of a grid; in bands of 8 rows it takes 68 with y. A thread has 2
+channels, so its loads are of 4 bytes, but those of a warp of a line.
 The tail of the normal distribution is, for 2-byte dtypes, one exponential of a polynomial.
 """
 
@@ -58,11 +57,28 @@ def _gelu(x, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _gelu_slope(x, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gelu_slope(x, EXACT: tl.constexpr, WITH_CDF: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Derivative of GELU; WITH_CDF where the caller computes GELU of the same x, too.
+
+    By itself it takes one exponential. For t >= 0 the derivative at -t is
+    Phi(-t) - t * phi(t) = (a - t) * 2**p(t), a its zero, and at t it is 1 minus that. p is the
+    polynomial of degree 7 that minimises the relative error, weighted: 4.5e-5 to t = 3, 1.3e-4 to
+    5, 6e-4 to 6, 1e-2 to 9, where the derivative is 1e-17; absolute error 2.3e-5.
+    """
     if EXACT:
         return gelu_slope(x)
-    # The density is exp(-x**2 / 2) / sqrt(2 pi).
-    return _cdf(x) + x * tl.exp2(-0.7213475 * (x * x) - 1.3257481)
+    if WITH_CDF:
+        # The density is exp(-x**2 / 2) / sqrt(2 pi).
+        return _cdf(x) + x * tl.exp2(-0.7213475 * (x * x) - 1.3257481)
+    t = tl.abs(x)
+    p = -3.586135562727577e-6 * t + 1.1105337034678087e-4
+    p = p * t - 1.439599902369082e-3
+    p = p * t + 1.0424693115055561e-2
+    p = p * t - 4.8106614500284195e-2
+    p = p * t - 0.5656914114952087
+    p = p * t - 0.3817773759365082
+    slope = (0.7517915246935643 - t) * tl.exp2(p * t - 0.5884696245193481)
+    return tl.where(x < 0, slope, 1.0 - slope)
 
 
 @triton.jit
@@ -86,6 +102,24 @@ def _column(p, stride, masks, FIRST: tl.constexpr, LAST: tl.constexpr):  # type:
     for j in tl.static_range(LAST - FIRST):
         rows = rows + (tl.load(p + (FIRST + j) * stride, mask=masks[j], other=0.0),)
     return rows
+
+
+@triton.jit
+def _reload(rows, old, p, stride, masks, go, LAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """rows and those up to LAST (exclusive) at p, or any values unless `go`.
+
+    The rows go into registers of `old`, whose values are of no more use. The branch keeps the
+    compiler from moving work of the rows before it behind it, which would take registers.
+    """
+    if go:
+        more = ()
+        for j in tl.static_range(len(rows), LAST):
+            more = more + (tl.load(p + j * stride, mask=masks[j], other=0.0),)
+    else:
+        more = ()
+        for j in tl.static_range(len(rows), LAST):
+            more = more + (old[j],)
+    return rows + more
 
 
 @triton.jit
@@ -125,74 +159,86 @@ def _store_gelu(p, stride, masks, x, FIRST: tl.constexpr, ROWS: tl.constexpr, EX
 
 
 @triton.jit
-def _widen(x, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+def _halves(w, DTYPE: tl.constexpr, PAIR: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile in float32; of words of two values, the tile of the first and that of the second."""
+    # One return: the compiler does not leave out what follows one in a branch.
+    if not PAIR:
+        out = (w.to(tl.float32),)
+    elif DTYPE == tl.bfloat16:
+        out = (w << 16).to(tl.float32, bitcast=True), (w & -65536).to(tl.float32, bitcast=True)
+    else:
+        out = (
+            w.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32),
+            (w >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32),
+        )
+    return out
+
+
+@triton.jit
+def _joined(x, AT: tl.constexpr, PAIR: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The tile whose halves are x[AT] and x[AT + 1]; x[AT] where there are none."""
+    if PAIR:
+        out = tl.reshape(tl.join(x[AT], x[AT + 1]), [x[AT].shape[0], 2 * x[AT].shape[1]])
+    else:
+        out = x[AT]
+    return out
+
+
+@triton.jit
+def _left_of(masks, column, W, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The masks, where column < W."""
+    at = tl.full([1, 1], 0, tl.int32) + column
     out = ()
     for i in tl.static_range(COUNT):
-        out = out + (x[i].to(tl.float32),)
+        out = out + (masks[i] & (at < W),)
     return out
 
 
 @triton.jit
-def _convolve(z0, z1, z2, taps, bias, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows -1 to ROWS + 1 of the convolution from rows -2 to ROWS + 2 of three columns."""
-    out = ()
-    for i in tl.static_range(ROWS + 2):
-        total = bias
-        for ky in tl.static_range(3):
-            total += taps[3 * ky] * z0[i + ky]
-            total += taps[3 * ky + 1] * z1[i + ky]
-            total += taps[3 * ky + 2] * z2[i + ky]
-        out = out + (total,)
+def _store_dz(p, m, m_w, dz, total, SUM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Stores a row of the halves dz; returns total + dz, masked."""
+    PAIR: tl.constexpr = len(dz) == 2
+    tl.store(p, round_to(_joined(dz, 0, PAIR), p.dtype.element_ty), mask=m)
+    out = total
+    if SUM:
+        out = ()
+        for half in tl.static_range(len(dz)):
+            out = out + (total[half] + tl.where(m_w, dz[half], 0.0),)
     return out
 
 
 @triton.jit
-def _through_gelu(x, dy, ROWS: tl.constexpr, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Gradient of rows -1 to ROWS + 1 before the GELU; 0 outside the grid, where dy is."""
-    out = ()
-    for i in tl.static_range(ROWS + 2):
-        out = out + (dy[i] * _gelu_slope(x[i], EXACT),)
-    return out
+def _correlate_row(  # type: ignore[no-untyped-def]
+    sums,
+    d,
+    z0,
+    z1,
+    z2,
+    HALF: tl.constexpr,
+    HALVES: tl.constexpr,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """sums + products of a half of a row of d with z under each tap, and d itself.
 
-
-@triton.jit
-def _scatter(sums, d, taps, KX: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """sums + what the gradient d of a column adds to dz of the column KX - 1 to its right."""
-    out = ()
-    for i in tl.static_range(ROWS):
-        total = sums[i]
-        for ky in tl.static_range(3):
-            total += taps[3 * ky + KX] * d[i + 2 - ky]
-        out = out + (total,)
-    return out
-
-
-@triton.jit
-def _correlate(sums, d, z0, z1, z2, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """sums + products of the own rows of d with z under each tap, and d itself."""
+    z0, z1 and z2 are flat tuples of the halves of COUNT rows; FIRST is the one above d's.
+    """
     out = ()
     for k in tl.static_range(10):
-        total = sums[k]
-        for i in tl.static_range(1, ROWS + 1):
-            if k == 9:
-                total += d[i]
-            elif k % 3 == 0:
-                total += d[i] * z0[i + k // 3]
-            elif k % 3 == 1:
-                total += d[i] * z1[i + k // 3]
-            else:
-                total += d[i] * z2[i + k // 3]
-        out = out + (total,)
+        for half in tl.static_range(HALVES):
+            total = sums[k * HALVES + half]
+            if half == HALF:
+                if k == 9:
+                    total += d
+                elif FIRST + k // 3 >= 0 and FIRST + k // 3 < COUNT:
+                    if k % 3 == 0:
+                        total += d * z0[(FIRST + k // 3) * HALVES + half]
+                    elif k % 3 == 1:
+                        total += d * z1[(FIRST + k // 3) * HALVES + half]
+                    else:
+                        total += d * z2[(FIRST + k // 3) * HALVES + half]
+            out = out + (total,)
     return out
-
-
-@triton.jit
-def _store_dz(p, stride, masks, dz, total, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Stores a column of dz; returns total + its sum over the rows of each band."""
-    for i in tl.static_range(ROWS):
-        tl.store(p + i * stride, round_to(dz[i], p.dtype.element_ty), mask=masks[i])
-        total += tl.where(masks[i], dz[i], 0.0)
-    return total
 
 
 # Reads z, writes y: 2 e. A program takes columns first to last of one stripe of rows of one image;
@@ -281,9 +327,13 @@ def dwconv_gelu_forward(  # type: ignore[no-untyped-def]
 
 
 # Reads z and dy, writes dz (and y again, where asked): 3 e (4 e). For each column of the stripe it
-# recomputes the convolution, of one row more on either side than it owns, and from it
+# recomputes the convolution, of HALO rows more on either side than it owns, and from it
 # d = dy * GELU'. `parts` gets, for each program, the sums over its own tokens of d * z (9 taps), of
-# d, and of dz.
+# d, and of dz. HALO is 0 where one band has all rows of the grid.
+#
+# Columns of 2-byte dtypes stay in registers as words of two channels (PAIR). A step takes one row
+# after the other, so that few widened values are alive: that leaves room for 16 rows. After every
+# GROUP rows it loads the next step's into the registers of those that it is done with.
 @triton.jit(do_not_specialize=["B", "H", "W", "P", "stripes", "spans", "span"])
 def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
     z,
@@ -308,123 +358,254 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
     WHOLE: tl.constexpr,
     SPLIT: tl.constexpr,
     SUMS: tl.constexpr,
-    UNROLL: tl.constexpr,
+    HALO: tl.constexpr,
+    PAIR: tl.constexpr,
 ):
-    EXACT: tl.constexpr = z.dtype.element_ty == tl.float32
+    GROUP: tl.constexpr = 8
+    DTYPE: tl.constexpr = z.dtype.element_ty
+    EXACT: tl.constexpr = DTYPE == tl.float32
     BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
+    HALVES: tl.constexpr = 2 if PAIR else 1
+    WORDS: tl.constexpr = BLOCK // HALVES
     if WIDTH > 0:
         W = WIDTH
     tile = tl.program_id(0) // BLOCKS
-    o_c = (tl.program_id(0) % BLOCKS) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    first_channel = (tl.program_id(0) % BLOCKS) * BLOCK
+    o_c = first_channel + tl.arange(0, BLOCK)[None, :]
+    o_w = first_channel // HALVES + tl.arange(0, WORDS)[None, :]
     if C % BLOCK == 0:
         m_c = tl.full([1, BLOCK], True, tl.int1)
+        m_w = tl.full([1, WORDS], True, tl.int1)
     else:
         m_c = o_c < C
+        m_w = o_w < C // HALVES
     o_band = tl.arange(0, BANDS)[:, None]
     L = P + H * W
-    if parts is not None:
-        parts += tile.to(tl.int64) * (SUMS * C) + o_c
-    zeros = tl.zeros([BANDS, BLOCK], tl.float32)
-    sum_dz = zeros
-
     planes = B * stripes * spans
     if tile >= planes:
-        for i in tl.static_range(ROWS):
+        of_prefix = tl.zeros([BANDS, BLOCK], tl.float32)
+        for i in tl.range(ROWS):
             token = ((tile - planes) * ROWS + i) * BANDS + o_band
-            m = (token < B * P) & m_c
+            m_token = (token < B * P) & m_c
             o_token = ((token // P).to(tl.int64) * L + token % P) * C + o_c
-            b_z = tl.load(z + o_token, mask=m, other=0.0).to(tl.float32)
-            b_dz = tl.load(dy + o_token, mask=m, other=0.0).to(tl.float32)
-            b_dz *= _gelu_slope(b_z, EXACT)
-            sum_dz += b_dz
+            token_z = tl.load(z + o_token, mask=m_token, other=0.0).to(tl.float32)
+            token_dz = tl.load(dy + o_token, mask=m_token, other=0.0).to(tl.float32)
+            token_dz *= _gelu_slope(token_z, EXACT, y is not None)
+            of_prefix += token_dz
             if dz is not None:
-                tl.store(dz + o_token, round_to(b_dz, dz.dtype.element_ty), mask=m)
+                tl.store(dz + o_token, round_to(token_dz, dz.dtype.element_ty), mask=m_token)
             if y is not None:
-                tl.store(y + o_token, round_to(_gelu(b_z, EXACT), y.dtype.element_ty), mask=m)
+                tl.store(
+                    y + o_token, round_to(_gelu(token_z, EXACT), y.dtype.element_ty), mask=m_token
+                )
         if SUMS == 11:
-            total = tl.sum(sum_dz, axis=0, keep_dims=True)
-            tl.store(parts + 10 * C, total, mask=m_c)
+            prefix_sum = tl.sum(of_prefix, axis=0, keep_dims=True)
+            parts += tl.program_id(0).to(tl.int64) * (SUMS * BLOCK)
+            tl.store(parts + 10 * BLOCK + tl.arange(0, BLOCK)[None, :], prefix_sum)
     else:
         image = tile // (stripes * spans)
         row = tile // spans % stripes * (BANDS * ROWS)
-        first = tile % spans * span
-        last = tl.minimum(first + span, W)
-        stride = W * C
+        if SPLIT:
+            first = tile % spans * span
+            last = tl.minimum(first + span, W)
+            begin = tl.maximum(first - 1, 0)
+            end = tl.minimum(last + 1, W)
+        else:
+            first = 0
+            last = W
+            begin = first
+            end = W
         base = ((image.to(tl.int64) * L + P) + row.to(tl.int64) * W) * C
+        stride = W * C
         o = o_band * (ROWS * stride) + o_c
-        z += base
-        dy += base
+        z_w = z + base
+        dy_w = dy + base
+        if PAIR:
+            z_w = z_w.to(tl.pointer_type(tl.int32), bitcast=True)
+            dy_w = dy_w.to(tl.pointer_type(tl.int32), bitcast=True)
+        c_w: tl.constexpr = C // HALVES
+        stride_w = W * c_w
+        # Offsets of 32 bits: pointers of every lane would be three pairs of registers.
+        at_w = o_band * (ROWS * stride_w) + o_w
         if dz is not None:
             dz += base
         if y is not None:
             y += base
         o_row = row + o_band * ROWS
-        wide = _inside(o_row, H, m_c, -2, ROWS + 2, ROWS, WHOLE)
-        masks = _inside(o_row, H, m_c, -1, ROWS + 1, ROWS, WHOLE)
+        wide = _inside(o_row, H, m_w, -2 * HALO, ROWS + 2 * HALO, ROWS, WHOLE)
+        masks = _inside(o_row, H, m_w, -HALO, ROWS + HALO, ROWS, WHOLE)
         owned = _inside(o_row, H, m_c, 0, ROWS, ROWS, WHOLE)
-        b_taps = _taps(taps, o_c, m_c, C)
-        b_bias = zeros + tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+        zeros = tl.zeros([BANDS, WORDS], tl.float32)
+        b_taps = ()
+        b_bias = ()
+        for half in tl.static_range(HALVES):
+            b_taps = b_taps + _taps(taps + half, o_w * HALVES, m_w, C)
+            b_bias = b_bias + (
+                zeros + tl.load(bias + half + o_w * HALVES, mask=m_w, other=0.0).to(tl.float32),
+            )
 
-        # z0, z1 and `next_z` are the columns of z left of `column`, at it, and right of it;
-        # `left` and `here` are columns of dz, short of what `column` and those after it add.
-        begin = tl.maximum(first - 1, 0)
-        end = tl.minimum(last + 1, W)
-        z0 = _repeat(zeros, ROWS + 4)
+        # z0, z1 and z2 are the columns of z left of `column`, at it, and right of it; `left` and
+        # `here` are columns of dz, short of what `column` and those after it add.
+        FIRST: tl.constexpr = -HALO
+        LAST: tl.constexpr = ROWS + HALO
+        z1 = _column(z_w + (at_w + begin * c_w), stride_w, wide, 2 * FIRST, ROWS + 2 * HALO)
+        z0 = _repeat(tl.zeros([BANDS, WORDS], z_w.dtype.scalar.element_ty), ROWS + 4 * HALO)
         if SPLIT:
             if begin > 0:
-                z0 = _widen(_column(z + (begin - 1) * C + o, stride, wide, -2, ROWS + 2), ROWS + 4)
-        z1 = _widen(_column(z + begin * C + o, stride, wide, -2, ROWS + 2), ROWS + 4)
-        z2 = _widen(
-            _column(z + tl.minimum(begin + 1, W - 1) * C + o, stride, wide, -2, ROWS + 2), ROWS + 4
+                z0 = _column(
+                    z_w + (at_w + (begin - 1) * c_w), stride_w, wide, 2 * FIRST, ROWS + 2 * HALO
+                )
+        z2 = _column(
+            z_w + (at_w + (begin + 1) * c_w),
+            stride_w,
+            _left_of(wide, begin + 1, W, ROWS + 4 * HALO),
+            2 * FIRST,
+            ROWS + 2 * HALO,
         )
-        b_dy = _widen(_column(dy + begin * C + o, stride, masks, -1, ROWS + 1), ROWS + 2)
-        none = _repeat(zeros, ROWS)
-        left = none
-        here = none
-        sums = _repeat(zeros, 10)
-        for column in tl.range(begin, end - 1, num_stages=1, loop_unroll_factor=UNROLL):
-            # On their way during the rest.
-            next_z = _column(z + tl.minimum(column + 2, W - 1) * C + o, stride, wide, -2, ROWS + 2)
-            next_dy = _column(dy + (column + 1) * C + o, stride, masks, -1, ROWS + 1)
-            x = _convolve(z0, z1, z2, b_taps, b_bias, ROWS)
-            d = _through_gelu(x, b_dy, ROWS, EXACT)
+        b_dy = _column(dy_w + (at_w + begin * c_w), stride_w, masks, FIRST, LAST)
+        left = _repeat(zeros, ROWS * HALVES)
+        here = _repeat(zeros, ROWS * HALVES)
+        sums = _repeat(zeros, 10 * HALVES)
+        sum_dz = _repeat(zeros, HALVES)
+        for column in tl.range(begin, end, num_stages=1):
+            # A tensor for the interpreter, too.
+            at = tl.full([1, 1], 0, tl.int32) + column
+            f0 = ()
+            f1 = ()
+            f2 = ()
+            d = ()
+            new_left = ()
+            new_here = ()
+            next_z = ()
+            next_dy = ()
+            next_wide = _left_of(wide, column + 2, W, ROWS + 4 * HALO)
+            p_z = z_w + (at_w + (column + 2) * c_w - 2 * HALO * stride_w)
+            p_dy = dy_w + (at_w + (column + 1) * c_w - HALO * stride_w)
+            for j in tl.static_range(0, 1 + HALO):
+                f0 = f0 + _halves(z0[j], DTYPE, PAIR)
+                f1 = f1 + _halves(z1[j], DTYPE, PAIR)
+                f2 = f2 + _halves(z2[j], DTYPE, PAIR)
+            for i in tl.static_range(FIRST, ROWS + 1):
+                if i < LAST:
+                    if i + 1 < ROWS + 2 * HALO:
+                        f0 = f0 + _halves(z0[i + 1 + 2 * HALO], DTYPE, PAIR)
+                        f1 = f1 + _halves(z1[i + 1 + 2 * HALO], DTYPE, PAIR)
+                        f2 = f2 + _halves(z2[i + 1 + 2 * HALO], DTYPE, PAIR)
+                    f_dy = _halves(b_dy[i + HALO], DTYPE, PAIR)
+                    b_y = ()
+                    for half in tl.static_range(HALVES):
+                        x = b_bias[half]
+                        for ky in tl.static_range(3):
+                            if i + ky > -2 * HALO and i + ky <= ROWS + 2 * HALO:
+                                x += (
+                                    b_taps[9 * half + 3 * ky]
+                                    * f0[(i + ky - 1 + 2 * HALO) * HALVES + half]
+                                )
+                                x += (
+                                    b_taps[9 * half + 3 * ky + 1]
+                                    * f1[(i + ky - 1 + 2 * HALO) * HALVES + half]
+                                )
+                                x += (
+                                    b_taps[9 * half + 3 * ky + 2]
+                                    * f2[(i + ky - 1 + 2 * HALO) * HALVES + half]
+                                )
+                        b_d = f_dy[half] * _gelu_slope(x, EXACT, y is not None)
+                        d = d + (b_d,)
+                        if i >= 0 and i < ROWS:
+                            if parts is not None:
+                                if SPLIT:
+                                    b_d = tl.where((at >= first) & (at < last), b_d, 0.0)
+                                sums = _correlate_row(
+                                    sums,
+                                    b_d,
+                                    f0,
+                                    f1,
+                                    f2,
+                                    half,
+                                    HALVES,
+                                    i - 1 + 2 * HALO,
+                                    ROWS + 4 * HALO,
+                                )
+                            if y is not None:
+                                b_y = b_y + (round_to(_gelu(x, EXACT), y.dtype.element_ty),)
+                    if y is not None:
+                        if i >= 0 and i < ROWS:
+                            m = owned[i]
+                            if SPLIT:
+                                m = m & (at >= first) & (at < last)
+                            tl.store(
+                                y + (o + column * C) + i * stride, _joined(b_y, 0, PAIR), mask=m
+                            )
+                # d of rows i - 2, i - 1 and i makes row i - 1 of dz.
+                if dz is not None:
+                    if i >= 1:
+                        b_dz = ()
+                        for half in tl.static_range(HALVES):
+                            a = left[(i - 1) * HALVES + half]
+                            b = here[(i - 1) * HALVES + half]
+                            c = zeros
+                            for ky in tl.static_range(3):
+                                if i - ky >= FIRST and i - ky < LAST:
+                                    b_d = d[(i - ky - FIRST) * HALVES + half]
+                                    a += b_taps[9 * half + 3 * ky] * b_d
+                                    b += b_taps[9 * half + 3 * ky + 1] * b_d
+                                    c += b_taps[9 * half + 3 * ky + 2] * b_d
+                            b_dz = b_dz + (a,)
+                            new_left = new_left + (b,)
+                            new_here = new_here + (c,)
+                        sum_dz = _store_dz(
+                            dz + (o + (column - 1) * C) + (i - 1) * stride,
+                            owned[i - 1] & (at > first),
+                            masks[i - 1 + HALO] & (at > first),
+                            b_dz,
+                            sum_dz,
+                            SUMS == 11,
+                        )
+                if i > 0 and i + 1 < ROWS and i % GROUP == GROUP - 1:
+                    next_z = _reload(
+                        next_z, z0, p_z, stride_w, next_wide, column + 1 < end, i + 2 * HALO
+                    )
+                    next_dy = _reload(
+                        next_dy, b_dy, p_dy, stride_w, masks, column + 1 < end, i + 1 + HALO
+                    )
+            next_z = _reload(
+                next_z, z0, p_z, stride_w, next_wide, column + 1 < end, ROWS + 4 * HALO
+            )
+            next_dy = _reload(
+                next_dy, b_dy, p_dy, stride_w, masks, column + 1 < end, ROWS + 2 * HALO
+            )
             if dz is not None:
-                left = _scatter(left, d, b_taps, 0, ROWS)
-                if column > first:
-                    sum_dz = _store_dz(dz + (column - 1) * C + o, stride, owned, left, sum_dz, ROWS)
-                left = _scatter(here, d, b_taps, 1, ROWS)
-                here = _scatter(none, d, b_taps, 2, ROWS)
-            if not SPLIT or column >= first:
-                if y is not None:
-                    _store_gelu(y + column * C + o, stride, owned, x, 1, ROWS, EXACT)
-                if parts is not None:
-                    sums = _correlate(sums, d, z0, z1, z2, ROWS)
+                left = new_left
+                here = new_here
             z0 = z1
             z1 = z2
-            z2 = _widen(next_z, ROWS + 4)
-            b_dy = _widen(next_dy, ROWS + 2)
-        # The last column; what is right of it lies outside the grid, but for spans within one.
-        if not SPLIT or end == W:
-            z2 = _repeat(zeros, ROWS + 4)
-        x = _convolve(z0, z1, z2, b_taps, b_bias, ROWS)
-        d = _through_gelu(x, b_dy, ROWS, EXACT)
+            z2 = next_z
+            b_dy = next_dy
         if dz is not None:
-            left = _scatter(left, d, b_taps, 0, ROWS)
-            if end - 1 > first:
-                sum_dz = _store_dz(dz + (end - 2) * C + o, stride, owned, left, sum_dz, ROWS)
             if not SPLIT or last == W:
-                here = _scatter(here, d, b_taps, 1, ROWS)
-                sum_dz = _store_dz(dz + (W - 1) * C + o, stride, owned, here, sum_dz, ROWS)
-        if not SPLIT or last == W:
-            if y is not None:
-                _store_gelu(y + (W - 1) * C + o, stride, owned, x, 1, ROWS, EXACT)
-            if parts is not None:
-                sums = _correlate(sums, d, z0, z1, z2, ROWS)
+                for i in tl.static_range(ROWS):
+                    b_dz = ()
+                    for half in tl.static_range(HALVES):
+                        b_dz = b_dz + (left[i * HALVES + half],)
+                    sum_dz = _store_dz(
+                        dz + (o + (W - 1) * C) + i * stride,
+                        owned[i],
+                        masks[i + HALO],
+                        b_dz,
+                        sum_dz,
+                        SUMS == 11,
+                    )
         if parts is not None:
-            for k in tl.static_range(10):
-                tl.store(parts + k * C, tl.sum(sums[k], axis=0, keep_dims=True), mask=m_c)
-            if SUMS == 11:
-                tl.store(parts + 10 * C, tl.sum(sum_dz, axis=0, keep_dims=True), mask=m_c)
+            # By programs, not by channels: an address that takes no registers during the loop.
+            parts += tl.program_id(0).to(tl.int64) * (SUMS * BLOCK)
+            o_part = tl.arange(0, WORDS)[None, :] * HALVES
+            for half in tl.static_range(HALVES):
+                for k in tl.static_range(10):
+                    total = tl.sum(sums[k * HALVES + half], axis=0, keep_dims=True)
+                    tl.store(parts + (k * BLOCK + half) + o_part, total)
+                if SUMS == 11:
+                    total = tl.sum(sum_dz[half], axis=0, keep_dims=True)
+                    tl.store(parts + (10 * BLOCK + half) + o_part, total)
 
 
 # A program adds the parts of BLOCK columns of one of the sums, in their order.
@@ -440,7 +621,9 @@ def dwconv_gelu_sums(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
     SUMS: tl.constexpr,
+    OF: tl.constexpr,
 ):
+    # A part is (channels / OF, SUMS, OF).
     BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
     k = tl.program_id(0) // BLOCKS
     o_c = (tl.program_id(0) % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
@@ -451,9 +634,11 @@ def dwconv_gelu_sums(  # type: ignore[no-untyped-def]
     else:
         count = tiles
     b_sum = tl.zeros([PARTS, BLOCK], tl.float32)
+    o_sum = o_c // OF * (SUMS * OF) + k * OF + o_c % OF
+    part: tl.constexpr = (C + OF - 1) // OF * (SUMS * OF)
     for start in range(0, count, PARTS):
         o_part = start + tl.arange(0, PARTS)[:, None]
-        o = o_part.to(tl.int64) * (SUMS * C) + (k * C + o_c)[None, :]
+        o = o_part.to(tl.int64) * part + o_sum[None, :]
         b_sum += tl.load(parts + o, mask=(o_part < count) & m_c[None, :], other=0.0)
     b_total = tl.sum(b_sum, axis=0)
     if k < 9:
@@ -474,11 +659,17 @@ TUNABLE: dict[str, list[_launch.Config]] = {
         for rows, bands, block in ((4, 4, 256), (4, 4, 128), (4, 4, 64), (2, 4, 256), (2, 8, 128))
     ],
     "dwconv_gelu_backward": [
-        {"BLOCK": block, "ROWS": rows, "BANDS": bands, "num_warps": warps, "UNROLL": unroll}
-        for rows, bands, block, warps in ((8, 2, 64, 2), (8, 2, 64, 4), (4, 4, 64, 4))
-        for unroll in (1, 3)
+        {"BLOCK": block, "ROWS": rows, "BANDS": bands, "num_warps": warps}
+        for rows, bands, block, warps in (
+            *((16, 1, 64, 1), (16, 1, 128, 2), (16, 2, 64, 2), (8, 2, 64, 2), (8, 2, 64, 4)),
+            *((8, 4, 64, 4), (4, 4, 64, 4)),
+        )
     ],
-    "dwconv_gelu_sums": [{"BLOCK": 64}, {"BLOCK": 128}],
+    "dwconv_gelu_sums": [
+        {"BLOCK": 32, "PARTS": 128},
+        {"BLOCK": 32, "PARTS": 64},
+        {"BLOCK": 64, "PARTS": 32},
+    ],
 }
 
 
@@ -567,48 +758,49 @@ def backward(
     dz, d_weight, d_bias = gradients
     C = z.shape[2]
     sums = 11 if sum_dz is not None else 10
-    block = min(64, _launch.power_of_two(C))
-    bands = 2 if grid[0] > 8 else 1
-    # Blackwell's compiler needs more registers for eight rows of one band.
-    tall = grid[0] > 4 and (bands == 2 or _launch.chip(z.device).family != "sm_100")
-    default = {
-        "BLOCK": block,
-        "ROWS": 8 if tall else 4,
-        "BANDS": bands,
-        "UNROLL": 1,
-        # Two channels a thread; of float32 one, or registers spill.
-        "num_warps": max(1, bands * block * z.element_size() // 128),
-    }
+    z, dy, bias = z.contiguous(), dy.contiguous(), bias.contiguous()
+    # Words of two channels, where they lie at multiples of their size.
+    pair = z.element_size() == 2 and C % 2 == 0 and not (z.data_ptr() | dy.data_ptr()) % 4
+    family = _launch.chip(z.device).family
+    # 16 rows fit where one band has all of them and a thread has words; on sm_100 they spill. The
+    # interpreter takes as long for a row as for a band of them, so it gets few rows.
+    tallest = 16 if pair and grid[0] <= 16 and family in ("sm_80", "sm_90") else 8
+    rows = min(4 if family == "default" else tallest, max(4, _launch.power_of_two(grid[0])))
+    bands = 2 if grid[0] > rows else 1
+    block = min(64 if z.element_size() == 2 else 32, max(2, _launch.power_of_two(C)))
+    default = {"BLOCK": block, "ROWS": rows, "BANDS": bands, "num_warps": bands}
     planes, tiles, plan = _plan("dwconv_gelu_backward", z, grid, prefix, default)
     parts = None
     if d_weight is not None or d_bias is not None or sum_dz is not None:
-        parts = z.new_empty((tiles, sums, C), dtype=torch.float32)
-    z, dy, bias = z.contiguous(), dy.contiguous(), bias.contiguous()
-    to_dz, to_weight = _contiguous(dz), _contiguous(d_weight)
-    plan |= {"z": z, "dy": dy, "taps": taps, "bias": bias, "dz": to_dz, "y": y, "parts": parts}
-    _launch.launch(dwconv_gelu_backward, SUMS=sums, **plan)
-    if dz is not None and to_dz is not None and to_dz is not dz:
-        dz.copy_(to_dz)
-    if parts is None:
-        return
-    default = {"BLOCK": min(128, _launch.power_of_two(C)), "PARTS": 16, "num_warps": 4}
-    chip = _launch.chip(z.device)
-    config = _launch.config("dwconv_gelu_sums", (C,), chip, default | {"num_stages": 2})
-    _launch.launch(
-        dwconv_gelu_sums,
-        (sums * _launch.cdiv(C, config["BLOCK"]),),
-        parts=parts,
-        d_weight=to_weight,
-        d_bias=d_bias,
-        sum_dz=sum_dz,
-        planes=planes,
-        tiles=tiles,
-        C=C,
-        SUMS=sums,
-        **config,
-    )
-    if d_weight is not None and to_weight is not None and to_weight is not d_weight:
-        d_weight.copy_(to_weight)
+        parts = z.new_empty((*plan["grid"], sums, plan["BLOCK"]), dtype=torch.float32)
+    # What the kernels fill in the stead of tensors that are not contiguous.
+    wanted = dz, d_weight, d_bias, sum_dz
+    filled = [_contiguous(tensor) for tensor in wanted]
+    plan |= {"z": z, "dy": dy, "taps": taps, "bias": bias, "y": y, "parts": parts}
+    halo = 0 if plan["BANDS"] == 1 and grid[0] <= plan["ROWS"] else 1
+    _launch.launch(dwconv_gelu_backward, dz=filled[0], SUMS=sums, HALO=halo, PAIR=pair, **plan)
+    if parts is not None:
+        # One load of every thread takes all parts of a usual call, and every processor has some.
+        default = {"BLOCK": 32, "PARTS": 16 if tiles <= 16 else 128, "num_warps": 4}
+        chip = _launch.chip(z.device)
+        config = _launch.config("dwconv_gelu_sums", (C,), chip, default)
+        _launch.launch(
+            dwconv_gelu_sums,
+            (sums * _launch.cdiv(C, config["BLOCK"]),),
+            parts=parts,
+            d_weight=filled[1],
+            d_bias=filled[2],
+            sum_dz=filled[3],
+            planes=planes,
+            tiles=tiles,
+            C=C,
+            SUMS=sums,
+            OF=plan["BLOCK"],
+            **config,
+        )
+    for tensor, full in zip(wanted, filled, strict=True):
+        if tensor is not None and full is not None and full is not tensor:
+            tensor.copy_(full)
 
 
 def _contiguous(to_fill: Tensor | None) -> Tensor | None:

@@ -124,8 +124,17 @@ def test_every_configuration_that_tuning_may_choose(grid):
 
 
 @only_triton
+def test_sixteen_rows_in_words_of_two_channels():
+    """What Hopper runs on grids of 9 to 16 rows: a whole width with y again, and cut without."""
+    with _launch.pretend(_launch.CHIPS["sm_90"]):
+        check_numerics(ffn_on((16, 2), 1), make_ffn((16, 2), 1, 16, 64), torch.bfloat16)
+        check_numerics(gelu_on((13, 5), 1), make((13, 5), 1, 64), torch.float16)
+
+
+@only_triton
 def test_more_parts_than_are_added_at_once():
-    with _launch.pretend(_launch.Chip("default", 300, 101_376, 1 << 20)):
+    few = _launch.override("dwconv_gelu_sums", "8", {"PARTS": 16})
+    with _launch.pretend(_launch.Chip("default", 300, 101_376, 1 << 20)), few:
         check_float32((1, 1), 1, B=17)
         check_float32((1, 1), 2, 4, 17, ffn_on, lambda g, p, C, B: make_ffn(g, p, 4, 8, B))
 
@@ -260,6 +269,50 @@ def test_strided_gradients(call):
         torch.randn(2, 17, 6, device=DEVICE)[:, 2:15],
     ):
         compare(call((3, 4), 1), inputs, dy)
+
+
+@only_triton
+def test_gradients_are_written_by_their_strides():
+    """Whoever calls the launcher may give it any tensors of the right shapes to fill."""
+    kernels = importlib.import_module("fastdiff_kernels.dwconv_ffn.triton_kernels")
+    grid, prefix, C = (3, 4), 1, 6
+    z, weight, bias = (t.to(DEVICE) for t in make(grid, prefix, C))
+    dy = torch.randn_like(z)
+    taps = weight.reshape(C, 9).t().contiguous()
+
+    def filled(spread: bool) -> list[Tensor]:
+        shapes = [z.shape, weight.shape, bias.shape, bias.shape]
+        if spread:
+            out = [torch.full((*s, 2), torch.nan, device=DEVICE).unbind(-1)[1] for s in shapes]
+            assert not any(t.is_contiguous() for t in out)
+        else:
+            out = [torch.full(s, torch.nan, device=DEVICE) for s in shapes]
+        kernels.backward(out[:3], dy, z, taps, bias, grid, prefix, sum_dz=out[3])
+        return out
+
+    for mine, plain in zip(filled(True), filled(False), strict=True):
+        assert torch.equal(mine, plain)
+    turned = torch.full_like(z, torch.nan).transpose(0, 1).contiguous().transpose(0, 1)
+    kernels.backward((turned, None, None), dy, z, taps, bias, grid, prefix)
+    assert torch.equal(turned, filled(False)[0])
+
+
+@only_triton
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_words_of_two_channels_need_their_alignment(dtype):
+    """A tensor that begins between two words is read by single values, with the same results."""
+    grid, prefix, C = (3, 4), 1, 8
+    z, weight, bias = (t.to(DEVICE, dtype) for t in make(grid, prefix, C))
+    shifted = torch.empty(z.numel() + 1, dtype=dtype, device=DEVICE)[1:].view(z.shape)
+    shifted.copy_(z)
+    assert shifted.data_ptr() % 4 == 2
+    dy = torch.randn_like(z)
+    one, other = (
+        run(gelu_on(grid, prefix), [t.requires_grad_() for t in (x, weight, bias)], [dy])
+        for x in (z, shifted)
+    )
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=2 * UNIT[dtype], atol=1e-6)
 
 
 @pytest.mark.parametrize(
