@@ -198,6 +198,7 @@ def test_host_time(benchmark: Any, results: list[Row]) -> None:
                     "case": f"host time, {row['case']}",
                     "direction": {"both": "forward+backward"}.get(direction, direction),
                     "backend": "triton",
+                    "dtype": "bfloat16",
                     "us": row["host"][direction],
                     "goal": row["goal"],
                 }

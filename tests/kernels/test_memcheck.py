@@ -33,13 +33,6 @@ def test_the_calls_run_in_the_interpreter(only: str, calls: int) -> None:
     assert f"memcheck: {calls} calls, 0 failed" in done.stdout
 
 
-@pytest.mark.slow
-def test_all_calls_run_in_the_interpreter() -> None:
-    done = command("--plain", TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{len(list(memcheck.cases())) * 3 - 1} calls, 0 failed" in done.stdout
-
-
 def test_head_widths_and_windows_are_all_there() -> None:
     names = [name for name, _ in memcheck.cases()]
     assert len(names) == len(set(names))
