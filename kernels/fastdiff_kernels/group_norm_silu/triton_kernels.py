@@ -601,8 +601,8 @@ class _Shape:
     def scattered(self) -> bool:
         """Whether the seam of two float32 tensors lies so that a thread has an address for nearly
         every element: two registers each, and twice, for x and for skip."""
-        run = self.unit(self.C) if self.nhwc else self.V
-        return self.C2 > 0 and self.itemsize == 4 and run < 4
+        apart = self.unit(self.C) < 4 if self.nhwc else self.V < 8
+        return self.C2 > 0 and self.itemsize == 4 and apart
 
     def constants(self) -> dict[str, Any]:
         return {
@@ -818,7 +818,7 @@ class _Plan:
     ) -> _Plan:
         name = kernel.__name__
         default = {"block": 8192 // shape.itemsize, "num_warps": 4, "num_stages": 3}
-        if shape.scattered:
+        if shape.scattered and kernel is group_norm_silu_input_gradients:
             default["num_warps"] = 8
         chosen = _launch.config(name, shape.key, on, default)
         if kernel in (group_norm_silu_statistics, group_norm_silu_sums):

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import product
+from typing import Any
 
 import torch
 import triton
@@ -363,7 +364,7 @@ TUNABLE: dict[str, list[dict[str, int]]] = {
 
 def _plan(
     kernel: str, x: Tensor, images: int, streams: int, programs: Mapping[int, int], stages: int
-) -> tuple[dict[str, int], int]:
+) -> tuple[dict[str, Any], int]:
     """Arguments that share the rows out, and the number of programs for each image.
 
     Args:
@@ -391,7 +392,7 @@ def _plan(
     tile = max(1, config["num_warps"] * 32 * lanes // block)
     parts = max(1, chip.processors * config["PROGRAMS"] // max(images, 1))
     share = _launch.cdiv(max(_launch.cdiv(rows, parts), 1), tile) * tile
-    arguments = {
+    arguments: dict[str, Any] = {
         "rows": rows,
         "share": share,
         "BLOCK": block,

@@ -86,7 +86,7 @@ def _fill(result: Tensor, seeds: Tensor, step: Tensor, stream: int) -> None:
     chip = _launch.chip(result.device)
     default = {"BLOCK": 256, "num_warps": 4, "num_stages": 1}
     raw = result.dtype is torch.int32
-    config = _launch.config("philox_fill", [raw], chip, default)
+    config: dict[str, Any] = {**_launch.config("philox_fill", [raw], chip, default)}
     # A grid has at most 2^16 - 1 programs along its second axis.
     for first in range(0, pictures if elements else 0, 65535):
         part = seeds[first : first + 65535]
