@@ -60,10 +60,10 @@ def _gelu(x, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
 def _gelu_slope(x, EXACT: tl.constexpr, PRECISE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Derivative of GELU; PRECISE to 1e-7, from the distribution function and the density.
 
-    Else it takes one exponential and is good enough for results of 2 bytes. For t >= 0 the derivative at -t is
-    Phi(-t) - t * phi(t) = (a - t) * 2**p(t), a its zero, and at t it is 1 minus that. p is the
-    polynomial of degree 7 that minimises the relative error, weighted: 4.5e-5 to t = 3, 1.3e-4 to
-    5, 6e-4 to 6, 1e-2 to 9, where the derivative is 1e-17; absolute error 2.3e-5.
+    Else it takes one exponential and is good enough for results of 2 bytes. For t >= 0 the
+    derivative at -t is Phi(-t) - t * phi(t) = (a - t) * 2**p(t), a its zero, and at t it is 1 minus
+    that. p is the polynomial of degree 7 that minimises the relative error, weighted: 4.5e-5 to
+    t = 3, 1.3e-4 to 5, 6e-4 to 6, 1e-2 to 9, where the derivative is 1e-17; absolute error 2.3e-5.
     """
     if EXACT:
         return gelu_slope(x)
