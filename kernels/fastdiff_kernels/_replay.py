@@ -79,6 +79,7 @@ class _Step:
     spec: Any = None
     outputs: list[_Value] = field(default_factory=list)
     launch: bool = False
+    several: bool = False  # the operator returns a sequence, of one tensor or more
 
     @property
     def fresh(self) -> list[_Value]:
@@ -136,7 +137,8 @@ class _Recorder(TorchDispatchMode):
             step.function = None
         else:
             step.inputs, step.spec = [self._known(item) for item in flat], spec
-        for made in out if isinstance(out, (tuple, list)) else (out,):
+        step.several = isinstance(out, (tuple, list))
+        for made in out if step.several else (out,):
             if isinstance(made, Tensor) and id(made) in self.values:
                 step.outputs.append(self.values[id(made)])  # out= and in-place operators
                 continue
@@ -366,10 +368,14 @@ class _Source:
         inner = [self._nested(item) for item in positional]
         inner += [f"{key}={self._nested(item)}" for key, item in named.items()]
         call = f"{self.constant(step.function._op)}({', '.join(inner)})"
-        if len(step.outputs) == 1 and fresh:
+        if step.several and len(fresh) == len(step.outputs):
+            names = [f"t{next(self.count)}" for _ in fresh]
+            self.tensors |= {id(v.tensor): name for v, name in zip(fresh, names, strict=True)}
+            self.lines.append(f"{', '.join(names)}, = {call}")
+        elif len(step.outputs) == 1 and fresh:
             self._bind(fresh[0], call)
         elif fresh:
-            raise _Opaque("an operator with several results")
+            raise _Opaque("an operator that returns what it was given beside new tensors")
         else:
             self.lines.append(call)
 
