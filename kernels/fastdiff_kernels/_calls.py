@@ -19,6 +19,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastdiff_kernels import _launch
 
+_CONSTANTS = {int, float, bool, str, type(None)}
+_SIZES, _NUMBERS = {tuple, torch.Size}, {int, bool}
+
 MOST = 1024  # kinds of calls of an op; beyond, all are forgotten
 
 _state = threading.local()
@@ -53,10 +56,10 @@ def kind(asked: str, args: Sequence[Any]) -> tuple[Any, ...] | None:
             needs = needs or arg.requires_grad
             # A row of one, whose stride means nothing, is contiguous whatever its stride.
             key += (arg.shape, arg.is_contiguous() or arg.stride(), arg.dtype, arg.get_device())
-        elif cls is list or isinstance(arg, Tensor):
-            return None
-        else:
+        elif cls in _CONSTANTS or (cls in _SIZES and all(type(n) in _NUMBERS for n in arg)):
             key.append(arg)
+        else:
+            return None  # a subclass of Tensor, what cannot be a key, what the op will refuse
     if first is None or first.is_meta:
         return None
     key.append(needs and torch.is_grad_enabled())
@@ -108,8 +111,8 @@ class Known:
     def __init__(self) -> None:
         self._calls: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
-    def get(self, key: tuple[Any, ...] | None) -> Callable[..., Any] | None:
-        return self._calls.get(key) if key is not None else None
+    def get(self, key: tuple[Any, ...]) -> Callable[..., Any] | None:
+        return self._calls.get(key)
 
     def learn(self, key: tuple[Any, ...], noted: Noted, args: Sequence[Any], results: Any) -> None:
         """Keep the one kernel that a call came down to, if it did.
@@ -140,19 +143,15 @@ class Known:
         if given is None:
             return
         again(differentiable, kernel_args, names)
-        lines = [f"r = run({', '.join(taken)})", f"return {given}"]
-        if differentiable:
-            lines[0] = f"r = apply(memo, {', '.join(taken)})"
-        else:
-            lines[0] += f"\n    if r is MISS: r = plain({', '.join(taken)})"
+        call = "apply(memo, " if differentiable else "run("
+        lines = [f"r = {call}{', '.join(taken)})", f"return {given}"]
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
         if torch.is_autocast_enabled(device):
             # The cast policy was applied; inside, autocast would undo float32 statistics.
             names |= {"switch": torch.set_autocast_enabled, "device": device}
             lines = [
                 "switch(device, False)",
-                *("try:", "    " + lines[0].replace("\n", "\n    ")),
-                *("finally:", "    switch(device, True)"),
+                *("try:", f"    {lines[0]}", "finally:", "    switch(device, True)"),
                 lines[1],
             ]
         parameters = ", ".join(f"a{i}" for i in range(len(args)))

@@ -222,7 +222,7 @@ def kernel(
                 results = run(*args)
                 remember(ctx, args, results)
             else:
-                results = memo.run(args)
+                results = memo.run(*args)
                 ctx.set_materialize_grads(False)
                 ctx.save_for_backward(*pick(args, results))
             ctx.memo = memo
@@ -266,8 +266,8 @@ def kernel(
         return visible(run(*args))
 
     def again(differentiable: bool, args: Sequence[Any], names: dict[str, Any]) -> None:
-        """What a call of a kind that was seen before comes down to, as `_calls` puts it into words:
-        apply(memo, *args) to differentiate; else run(*args), and plain(*args) where that misses.
+        """What a call of a kind that was seen before comes down to: apply(memo, *args) to
+        differentiate, else run(*args); `_calls.Known` writes it out with these names.
         """
         if differentiable:
 
@@ -281,29 +281,13 @@ def kernel(
             names["apply"] = super(torch.autograd.Function, Function).apply
             return
 
-        replayed(plain, names)  # results that nobody sees become parts of the workspace
+        names["run"] = _replay.Replay(plain)  # unseen results become parts of the workspace
 
     return call
 
 
-def replayed(plain: Callable[..., Any], names: dict[str, Any]) -> None:
-    """Put run(*args) among the names: `plain`, traced when it is called and replayed from then on.
-
-    Args:
-        plain: takes tensors and constants of one kind; returns tensors.
-        names: gets `run`; `MISS`, which it returns where it did nothing; and `plain`.
-    """
-
-    def first(*args: Any) -> Any:
-        results, replay = _replay.trace(plain, args)
-        names["run"] = plain if replay is None else replay
-        return results
-
-    names |= {"run": first, "plain": plain, "MISS": _replay.MISS}
-
-
 class Replayed:
-    """A function of tensors and constants, traced when a kind of call comes a second time."""
+    """A function of tensors and constants of any kind; a kind that comes again is replayed."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -313,22 +297,20 @@ class Replayed:
         key = _calls.kind("", [tuple(a) if type(a) is list else a for a in args])
         if key is None:
             return self._function(*args)
-        if key not in self._replays:
-            if len(self._replays) >= _calls.MOST:
-                self._replays.clear()
-            self._replays[key] = None
-            return self._function(*args)
-        replay = self._replays[key]
-        if replay is None:
-            results, replay = _replay.trace(self._function, args)
-            self._replays[key] = replay or self._function
-            return results
-        results = replay(*args)
-        return self._function(*args) if results is _replay.MISS else results
+        replay = self._replays.get(key)
+        if replay is not None:
+            return replay(*args)
+        if key in self._replays:
+            self._replays[key] = replay = _replay.Replay(self._function)
+            return replay(*args)
+        if len(self._replays) >= _calls.MOST:
+            self._replays.clear()
+        self._replays[key] = None
+        return self._function(*args)
 
 
 class _Memo:
-    """Replays of one kind of call that is differentiated; made when it is seen again.
+    """Replays of one kind of call that is differentiated.
 
     Args:
         run: the forward.
@@ -339,20 +321,10 @@ class _Memo:
     def __init__(
         self, run: Callable[..., Any], gradients: Callable[..., Any], constants: Sequence[Any]
     ) -> None:
+        self.run = _replay.Replay(run)
         self.constants = constants
-        self._run, self._gradients = run, gradients
-        self._forward: Callable[..., Any] | None = None
-        self._backward: dict[Any, Callable[..., Any]] = {}
-
-    def run(self, args: Sequence[Any]) -> tuple[Tensor, ...]:
-        """The results of the forward."""
-        made: Any
-        if self._forward is None:
-            made, replay = _replay.trace(self._run, args)
-            self._forward = replay or self._run
-            return made
-        made = self._forward(*args)
-        return self._run(*args) if made is _replay.MISS else made
+        self._gradients = gradients
+        self._backward: dict[Any, _replay.Replay] = {}
 
     def run_backward(
         self,
@@ -368,11 +340,8 @@ class _Memo:
         replay = self._backward.get(key)
         if replay is None:
             gradients = functools.partial(self._gradients, needs)
-            made, replay = _replay.trace(gradients, (*grads, *saved))
-            self._backward[key] = replay or gradients
-            return made
-        made = replay(*grads, *saved)
-        return self._gradients(needs, *grads, *saved) if made is _replay.MISS else made
+            self._backward[key] = replay = _replay.Replay(gradients)
+        return replay(*grads, *saved)
 
 
 def _gradient_like(tensor: Tensor) -> Tensor:

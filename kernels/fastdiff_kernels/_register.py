@@ -195,11 +195,11 @@ class Op:
         if torch.compiler.is_compiling() or kwargs or _stand_in is not None:
             return self._decide(*args, **kwargs)
         kind = _calls.kind(_asked, args)
+        if kind is None:
+            return self._decide(*args)
         known = self._known.get(kind)
         if known is not None:
             return known(*args)
-        if kind is None:
-            return self._decide(*args)
         with _calls.noting() as noted:
             results = self._decide(*args)
         self._known.learn(kind, noted, args, results)

@@ -202,6 +202,26 @@ def trace(
         return results, None
 
 
+class Replay:
+    """A function of tensors and constants of one kind, traced in its first call and then replayed.
+
+    Args:
+        function: as `trace` takes it.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._replay: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        if self._replay is None:
+            results, replay = trace(self._function, args)
+            self._replay = replay or self._function
+            return results
+        results = self._replay(*args)
+        return self._function(*args) if results is MISS else results
+
+
 class _Source:
     """The source of a replay."""
 

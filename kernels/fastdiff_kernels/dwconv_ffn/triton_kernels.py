@@ -14,7 +14,7 @@ channels, so its loads are of 4 bytes, but those of a warp of a line.
 The tail of the normal distribution is, for 2-byte dtypes, one exponential of a polynomial.
 """
 
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment, var-annotated"
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from fastdiff_kernels import _calls, _kernel, _register
+from fastdiff_kernels import _calls, _kernel, _register, _replay
 from fastdiff_kernels.philox_normal import reference
 
 _WORD = 1 << 32
@@ -76,7 +76,7 @@ def operator(name: str, dtype: torch.dtype, fill: Callable[..., None]) -> Any:
     traced = _kernel._define(schema, name, _kernel.Replayed(call), empty)
 
     def again(differentiable: bool, args: Any, names: dict[str, Any]) -> None:
-        _kernel.replayed(call, names)
+        names["run"] = _replay.Replay(call)
 
     def choose(seeds: Tensor, step: Tensor, shape: tuple[int, ...], stream: int) -> Tensor:
         compiling = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
