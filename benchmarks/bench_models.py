@@ -30,7 +30,7 @@ from fastdiff import ops, roofline
 from fastdiff.models import create_model
 from fastdiff.models.ascend import ASCEND
 from fastdiff.models.iuvit import Block, IUViTConfig, block_class
-from fastdiff.nn import PlainSwinLayer, ResBlock, SwinBlock
+from fastdiff.nn import PlainSwinLayer, ResBlock, SwinBlock, channels_last_
 from fastdiff.ops import backend
 from fastdiff_kernels import _numerics
 
@@ -288,6 +288,8 @@ class Problem:
             if isinstance(part, nn.Dropout):
                 part.p = 0.0  # so that results compare
         self.module = module.to(case.dtype)
+        if device.type == "cuda":  # as training and sampling have them
+            channels_last_(self.module)
         self.inputs = [a for a in self.arguments if isinstance(a, Tensor) and a.requires_grad]
         with torch.no_grad():
             out = self.module(*self.arguments)

@@ -20,6 +20,7 @@ from torch import nn
 from fastdiff import roofline
 from fastdiff.diffusion import DiffusionProcess, schedule
 from fastdiff.models import Backbone, create_model
+from fastdiff.nn import channels_last_
 
 from .. import bench_models, harness
 from ..harness import Row, Timing
@@ -58,6 +59,8 @@ class Step:
         with torch.device(device):
             self.net, self.batch = made(preset, dry)
             self.net.train()
+            if device.type == "cuda":  # as training has it
+                channels_last_(self.net)
             config = self.net.config
             self.x0 = torch.randn(self.batch, config.in_channels, *config.image_size).clamp(-1, 1)
             self.noise = torch.randn_like(self.x0)

@@ -62,7 +62,7 @@ class SkipConnection(nn.Conv2d):
         """x (B, C1, H, W), skip (B, C2, H, W) or None, to (B, C, H, W), like x in memory."""
         if skip is None:
             return super().forward(x)
-        if x.is_contiguous(memory_format=torch.channels_last):
+        if all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, skip)):
             pixels = x.permute(0, 2, 3, 1), skip.permute(0, 2, 3, 1)
             return linear_of_two(*pixels, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
         split = x.shape[1]
