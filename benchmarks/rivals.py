@@ -244,12 +244,14 @@ def group_norm_silu(
 ) -> Tensor:
     """Concatenation, `group_norm`, FiLM and SiLU, in the layout that x has."""
     h = x if skip is None else torch.cat([x, skip], 1)
-    y = F.group_norm(h, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+    y = _film(F.group_norm(h, groups, weight.to(x.dtype), bias.to(x.dtype), eps), scale, shift)
+    return F.silu(y) if silu else y
+
+
+def _film(y: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     if scale is not None:
         y = y * (1 + scale)[:, :, None, None]
-    if shift is not None:
-        y = y + shift[:, :, None, None]
-    return F.silu(y) if silu else y
+    return y if shift is None else y + shift[:, :, None, None]
 
 
 @functools.cache
@@ -274,11 +276,7 @@ def group_norm_apex(
     film = scale is not None or shift is not None
     module = _apex_norm(groups, h.shape[1], eps, "silu" if silu and not film else "")
     parameters = {"weight": weight, "bias": bias}
-    y: Tensor = torch.func.functional_call(module, parameters, (h,))
-    if scale is not None:
-        y = y * (1 + scale)[:, :, None, None]
-    if shift is not None:
-        y = y + shift[:, :, None, None]
+    y = _film(torch.func.functional_call(module, parameters, (h,)), scale, shift)
     return F.silu(y) if silu and film else y
 
 
