@@ -131,8 +131,8 @@ class Code:
 
     @property
     def spilled(self) -> int:
-        """Loads and stores of local memory in the main loop."""
-        return self.main.kinds["local"]
+        """Loads and stores of local memory in the loop that has most; in all, if there is none."""
+        return max(loop.kinds["local"] for loop in self.loops or [self.main])
 
 
 def read(cubin: bytes) -> Code:
@@ -150,7 +150,7 @@ def read(cubin: bytes) -> Code:
         found[-1].name == "NOP" or f"{found[-1].address:#x}" == found[-1].operands.strip()
     ):
         found.pop()
-    return Code(found, int(used[1]), int(used[2]))
+    return Code(found, int(used[1]), int(used[2]) + int(used[4]))
 
 
 def _cuobjdump(*arguments: str) -> str:
@@ -171,7 +171,7 @@ def describe(code: Code, elements: float, bytes_an_element: float) -> str:
         f"{len(loop)} instructions, {len(loop) / elements:.1f} an element; "
         f"issue ceiling {loop.ceiling(elements * bytes_an_element) / 1e12:.2f} TB/s; "
         f"{code.registers} registers, {code.stack} bytes of stack, "
-        f"{code.spilled} spill instructions in the loop\n{kinds}"
+        f"{code.spilled} spill instructions in a loop\n{kinds}"
     )
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import triton
 from triton.compiler import ASTSource
 
+from benchmarks import sass
 from benchmarks.aot import machine
 from benchmarks.aot.forms import Form, bind, target_of
 
@@ -39,6 +40,7 @@ class Verdict:
         error: why there is no machine code; everything else is empty then.
         registers: of a thread.
         spilled: bytes of a thread's local memory.
+        spilling: loads and stores of it in the loop that has most (NVIDIA only).
         shared: bytes of shared memory of a block.
         widths: for each pointer, bytes of its widest access by one thread (NVIDIA only).
         spans: for each pointer, bytes in a row that a warp covers (NVIDIA only).
@@ -48,6 +50,7 @@ class Verdict:
     error: str = ""
     registers: int = 0
     spilled: int = 0
+    spilling: int = 0
     shared: int = 0
     widths: dict[str, int] = field(default_factory=dict)
     spans: dict[str, int] = field(default_factory=dict)
@@ -84,15 +87,23 @@ def compile_form(form: Form, family: str, kernel: Any = None) -> Verdict:
     # LLVM prints that it could not assemble a line, and goes on without it.
     if any(line.startswith("error:") for line in said):
         return Verdict(error=brief(said), seconds=_seconds() - before)
+    shared = made.metadata.shared
     if family.startswith("gfx"):
         registers, spilled = machine.amd_resources(made.asm["amdgcn"])
-        return Verdict("", registers, spilled, made.metadata.shared, seconds=_seconds() - before)
-    registers, spilled = machine.resources(made.asm["cubin"])
+        return Verdict("", registers, spilled, shared=shared, seconds=_seconds() - before)
+    code = sass.read(made.asm["cubin"])
     pointers = [n for n, kind in signature.items() if kind != "constexpr"]
     widths = machine.accesses(made.asm["ptx"], pointers)
     spans = machine.warp_spans(made.asm["ttgir"])
-    shared, seconds = made.metadata.shared, _seconds() - before
-    return Verdict("", registers, spilled, shared, widths, spans, seconds)
+    return Verdict(
+        registers=code.registers,
+        spilled=code.stack,
+        spilling=code.spilled,
+        shared=shared,
+        widths=widths,
+        spans=spans,
+        seconds=_seconds() - before,
+    )
 
 
 def _seconds() -> float:

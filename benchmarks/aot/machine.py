@@ -1,27 +1,10 @@
-"""What machine code says of a kernel: registers, spills, and how it goes to memory."""
+"""What the compiler's texts say of a kernel: AMD's resources, and how it goes to memory."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
-
-import triton
-
-
-def resources(cubin: bytes) -> tuple[int, int]:
-    """(registers of a thread, bytes of its local memory) by cuobjdump, which triton brings."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "-res-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    usage = {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
-    return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
 def amd_resources(assembly: str) -> tuple[int, int]:
@@ -185,6 +168,8 @@ class _Steps:
         known = [step for step in steps if step is not None]
         if len(known) == len(steps) and operation in ("arith.addi", "tt.addptr"):
             return sum(known)
+        if len(known) == len(steps) and operation == "arith.subi":
+            return known[0] - sum(known[1:])
         if len(known) == len(steps) and operation == "arith.muli" and factor is not None:
             return sum(known) * factor  # the constant's own step is 0
         return None

@@ -35,6 +35,18 @@ def copy_every_other(x, y, size, BLOCK: tl.constexpr):  # type: ignore[no-untype
 
 
 @triton.jit
+def copy_from_before(x, y, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + o, tl.load(x + (o - size), mask=o < size), mask=o < size)
+
+
+@triton.jit
+def copy_backwards(x, y, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + o, tl.load(x + (size - o), mask=o < size), mask=o < size)
+
+
+@triton.jit
 def running_sum(x, y, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     p = x + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -106,6 +118,14 @@ def test_a_loop_s_pointer_is_followed() -> None:
     assert wrong == []
 
 
+def test_a_difference_is_followed() -> None:
+    made, wrong = verdict_on(copy_from_before, 32, warps=1, dtype=torch.float32)
+    assert (made.widths["x"], made.spans["x"]) == (4, 128)
+    assert wrong == []
+    made, _ = verdict_on(copy_backwards, 32, warps=1, dtype=torch.float32)
+    assert made.spans["x"] == 0  # it grows by -1
+
+
 def test_one_element_a_thread_fails() -> None:
     _, wrong = verdict_on(copy, 32, warps=1)
     assert wrong == ["narrow accesses: x 2 B (64 a warp), y 2 B (64 a warp)"]
@@ -128,6 +148,32 @@ def test_a_spill_fails(family: str) -> None:
     made, wrong = verdict_on(hold_too_much, 4096, 1, family)
     assert made.spilled > 0
     assert f"spills {made.spilled} bytes" in wrong
+
+
+def test_two_registers_put_aside_before_a_loop_are_no_spill_and_within_one_they_are() -> None:
+    use, made = use_of(copy, 1024), verdict_on(copy, 1024)[0]
+    for spilled, spilling, fails in ((8, 0, False), (8, 1, True), (12, 0, True)):
+        changed = dataclasses.replace(made, spilled=spilled, spilling=spilling)
+        assert judge.faults(use, changed, "sm_90") == [f"spills {spilled} bytes"] * fails
+    # AMD's code is not searched for loops.
+    assert judge.faults(use, one.Verdict(spilled=8), "gfx942") == ["spills 8 bytes"]
+
+
+@triton.jit
+def hold_too_much_at_once(x, y, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    o = tl.arange(0, BLOCK)
+    b_x = tl.load(x + o).to(tl.float32)
+    order = tl.sort(b_x)
+    tl.store(y + o, (tl.cumsum(b_x) + order).to(y.dtype.element_ty))
+
+
+def test_spills_are_found_in_loops_and_where_there_is_no_loop() -> None:
+    made, _ = verdict_on(hold_too_much, 4096, 1)
+    assert made.spilling > 0
+    made, wrong = verdict_on(hold_too_much_at_once, 8192, 1)
+    assert made.spilled > 0
+    assert made.spilling > 0
+    assert wrong
 
 
 def test_what_does_not_compile_fails() -> None:

@@ -361,7 +361,7 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
     HALO: tl.constexpr,
     PAIR: tl.constexpr,
 ):
-    GROUP: tl.constexpr = 8
+    GROUP: tl.constexpr = 4
     DTYPE: tl.constexpr = z.dtype.element_ty
     EXACT: tl.constexpr = DTYPE == tl.float32
     # The caller computes GELU of the same values, too; or the gradients of parameters are float32.

@@ -429,21 +429,22 @@ def mixed_ffn(dtype: torch.dtype, D=16, C=48) -> list[Tensor]:
 @LOW
 def test_float32_weights_are_cast_once_for_both_directions(dtype):
     inputs = mixed_ffn(dtype)
+    ffn = importlib.import_module("fastdiff_kernels.dwconv_ffn.ffn")
     with torch.profiler.profile(record_shapes=True) as profile:
         ffn_on((4, 3), 1)(*inputs).sum().backward()
     copies = [e.input_shapes[0] for e in profile.events() if e.name == "aten::copy_"]
     for weight in inputs[1], inputs[5]:
-        assert copies.count(list(weight.shape)) == 1
+        # A gradient that comes out of the product in low precision is copied, too.
+        assert copies.count(list(weight.shape)) == 1 + ffn._rounds(weight.device)
 
 
 @LOW
 def test_gradients_of_float32_parameters_are_not_rounded_to_low_precision(dtype):
     inputs = mixed_ffn(dtype)
+    ffn = importlib.import_module("fastdiff_kernels.dwconv_ffn.ffn")
     ffn_on((4, 3), 1)(*inputs).float().square().sum().backward()
     for position, t in enumerate(inputs[1:], start=1):
-        if position in (1, 5) and importlib.import_module(
-            "fastdiff_kernels.dwconv_ffn.ffn"
-        )._rounds(t.device):
+        if position in (1, 5) and ffn._rounds(t.device):
             continue
         assert t.grad.dtype is torch.float32
         assert (t.grad == t.grad.to(dtype).float()).float().mean() < 0.2, position
