@@ -89,8 +89,6 @@ unit: $(STAMP)  ## all tests that are not slow
 
 interpreter: $(STAMP)  ## the Triton kernels' tests, interpreted on the CPU
 	$(call step,Triton kernels interpreted,$(INTERPRET) $(PYTEST) tests/kernels/backends -m "not slow")
-	$(call step,training on two back ends,$(INTERPRET) OMP_NUM_THREADS=1 $(PY) -m \
-	  benchmarks.convergence triton reference --steps 20 --out runs/convergence)
 
 # Else the interpreter sees only the block sizes that a launcher takes for it.
 interpreter-plans: $(STAMP)  ## the same with block sizes of GPUs: all for sm_90, drawn shapes for other families

@@ -35,7 +35,7 @@ MODELS = {
 STEPS = {"iuvit": 1000, "ascend": 400}
 
 
-@pytest.mark.parametrize("family", list(MODELS))
+@pytest.mark.parametrize("family", [pytest.param("iuvit", marks=pytest.mark.slow), "ascend"])
 def test_digits(family, tmp_path):
     assert STEPS[family] <= 1500
     recipe = Recipe(
