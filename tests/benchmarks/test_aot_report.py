@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from benchmarks import aot_report
+from benchmarks import aot_report, sass
 from benchmarks.aot import compile as one
 from benchmarks.aot import judge, machine, record, store
 from benchmarks.aot.forms import Form, form_of, source_of
@@ -159,21 +159,23 @@ def test_two_registers_put_aside_before_a_loop_are_no_spill_and_within_one_they_
     assert judge.faults(use, one.Verdict(spilled=8), "gfx942") == ["spills 8 bytes"]
 
 
-@triton.jit
-def hold_too_much_at_once(x, y, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    o = tl.arange(0, BLOCK)
-    b_x = tl.load(x + o).to(tl.float32)
-    order = tl.sort(b_x)
-    tl.store(y + o, (tl.cumsum(b_x) + order).to(y.dtype.element_ty))
-
-
-def test_spills_are_found_in_loops_and_where_there_is_no_loop() -> None:
+def test_a_spill_is_found_in_the_loop_that_has_it_and_where_there_is_no_loop() -> None:
     made, _ = verdict_on(hold_too_much, 4096, 1)
     assert made.spilling > 0
-    made, wrong = verdict_on(hold_too_much_at_once, 8192, 1)
-    assert made.spilled > 0
-    assert made.spilling > 0
-    assert wrong
+    lines = ["STL", "FFMA", "LDL", "BRA", "FADD", "FADD", "FADD", "FADD", "BRA", "LDL", "EXIT"]
+    targets = {3: 1, 8: 4}  # two loops: a load in the smaller, a load and a store in none
+
+    def code(names: list[str], jumps: dict[int, int]) -> sass.Code:
+        found = [
+            sass.Instruction(16 * i, name, f" {16 * jumps[i]:#x} " if i in jumps else " R1")
+            for i, name in enumerate(names)
+        ]
+        return sass.Code(found, registers=255, stack=8)
+
+    assert code(lines, targets).spilled == 1
+    lines[2] = "FFMA"
+    assert code(lines, targets).spilled == 0
+    assert code(lines, {}).spilled == 2
 
 
 def test_what_does_not_compile_fails() -> None:

@@ -32,7 +32,7 @@ MODELS = {
         context_dim=64,
     ),
 }
-STEPS = {"iuvit": 1000, "ascend": 400}
+STEPS = {"iuvit": 1000, "ascend": 250}
 
 
 @pytest.mark.parametrize("family", [pytest.param("iuvit", marks=pytest.mark.slow), "ascend"])
