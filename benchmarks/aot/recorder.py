@@ -112,17 +112,15 @@ class _Zeros(torch.autograd.Function):
             ctx.call.backward(needs, dys)
         grads = [torch.zeros_like(t) if n else None for t, n in zip(ctx.inputs, needs, strict=True)]
         if torch.is_grad_enabled():
-            grads = [
-                None if grad is None else _Refused.apply(grad.requires_grad_()) for grad in grads
-            ]
+            grads = [None if g is None else _Refused.apply(g, *ctx.inputs) for g in grads]
         return (None, None, *grads)
 
 
 class _Refused(torch.autograd.Function):
-    """A gradient of which there is no gradient, as of our kernels."""
+    """A gradient of which there is no gradient in the call's tensors, as of our kernels."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, *_: Tensor) -> Tensor:
         return grad.clone()
 
     @staticmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import os
 
 import pytest
 import torch
@@ -272,6 +273,7 @@ def test_strided_gradients(call):
 
 
 @only_triton
+@pytest.mark.skipif("FASTDIFF_RECORD" in os.environ, reason="only launches of ops are recorded")
 def test_gradients_are_written_by_their_strides():
     """Whoever calls the launcher may give it any tensors of the right shapes to fill."""
     kernels = importlib.import_module("fastdiff_kernels.dwconv_ffn.triton_kernels")
