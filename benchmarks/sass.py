@@ -135,14 +135,17 @@ class Code:
         return max(loop.kinds["local"] for loop in self.loops or [self.main])
 
 
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers of a thread, bytes of its local memory) of a cubin's kernel."""
+    used = _RESOURCES.search(_cuobjdump("-res-usage", cubin))
+    assert used is not None
+    return int(used[1]), int(used[2]) + int(used[4])
+
+
 def read(cubin: bytes) -> Code:
     """Take a cubin of one kernel apart."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        code = _cuobjdump("-sass", file.name)
-        used = _RESOURCES.search(_cuobjdump("-res-usage", file.name))
-    assert used is not None
+    registers, stack = resources(cubin)
+    code = _cuobjdump("-sass", cubin)
     lines = (_LINE.match(line) for line in code.splitlines())
     found = [Instruction(int(m[1], 16), m[3], m[4]) for m in lines if m]
     # The end is a branch to itself, and then NOPs.
@@ -150,12 +153,16 @@ def read(cubin: bytes) -> Code:
         found[-1].name == "NOP" or f"{found[-1].address:#x}" == found[-1].operands.strip()
     ):
         found.pop()
-    return Code(found, int(used[1]), int(used[2]) + int(used[4]))
+    return Code(found, registers, stack)
 
 
-def _cuobjdump(*arguments: str) -> str:
+def _cuobjdump(what: str, cubin: bytes) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, what, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def describe(code: Code, elements: float, bytes_an_element: float) -> str:

@@ -91,14 +91,15 @@ def compile_form(form: Form, family: str, kernel: Any = None) -> Verdict:
     if family.startswith("gfx"):
         registers, spilled = machine.amd_resources(made.asm["amdgcn"])
         return Verdict("", registers, spilled, shared=shared, seconds=_seconds() - before)
-    code = sass.read(made.asm["cubin"])
+    registers, spilled = sass.resources(made.asm["cubin"])
+    spilling = sass.read(made.asm["cubin"]).spilled if spilled else 0
     pointers = [n for n, kind in signature.items() if kind != "constexpr"]
     widths = machine.accesses(made.asm["ptx"], pointers)
     spans = machine.warp_spans(made.asm["ttgir"])
     return Verdict(
-        registers=code.registers,
-        spilled=code.stack,
-        spilling=code.spilled,
+        registers=registers,
+        spilled=spilled,
+        spilling=spilling,
         shared=shared,
         widths=widths,
         spans=spans,

@@ -769,7 +769,9 @@ def backward(
     tallest = 16 if pair and grid[0] <= 16 and family in ("sm_80", "sm_90") else 8
     rows = min(4 if family == "default" else tallest, max(4, _launch.power_of_two(grid[0])))
     bands = 2 if grid[0] > rows else 1
-    block = min(64 if z.element_size() == 2 else 32, max(2, _launch.power_of_two(C)))
+    # A warp has a band: 32 words, but 64 where its lanes are as many.
+    lanes = 64 if family == "gfx942" else 32
+    block = min(2 * lanes if z.element_size() == 2 else lanes, max(2, _launch.power_of_two(C)))
     default = {"BLOCK": block, "ROWS": rows, "BANDS": bands, "num_warps": bands}
     planes, tiles, plan = _plan("dwconv_gelu_backward", z, grid, prefix, default)
     parts = None
