@@ -41,6 +41,11 @@ class Chip:
     shared: int
     l2: int
 
+    @property
+    def rdna(self) -> bool:
+        """AMD's chips for displays: 256 registers a lane at most, of which no loop loads ahead."""
+        return self.family in ("gfx1100", "gfx1201")
+
 
 # For compiling and planning where there is no GPU.
 CHIPS = {

@@ -361,8 +361,9 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
     HALO: tl.constexpr,
     PAIR: tl.constexpr,
 ):
-    GROUP: tl.constexpr = 4
     DTYPE: tl.constexpr = z.dtype.element_ty
+    # Of the sizes tried, those with which 16 rows fit the registers.
+    GROUP: tl.constexpr = 8 if DTYPE == tl.float16 else 4
     EXACT: tl.constexpr = DTYPE == tl.float32
     # The caller computes GELU of the same values, too; or the gradients of parameters are float32.
     PRECISE: tl.constexpr = (y is not None) or bias.dtype.element_ty == tl.float32
@@ -402,8 +403,13 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
                 )
         if SUMS == 11:
             prefix_sum = tl.sum(of_prefix, axis=0, keep_dims=True)
-            parts += tl.program_id(0).to(tl.int64) * (SUMS * BLOCK)
-            tl.store(parts + 10 * BLOCK + tl.arange(0, BLOCK)[None, :], prefix_sum)
+            parts += tl.program_id(0).to(tl.int64) * (SUMS * BLOCK) + 10 * BLOCK
+            if PAIR:
+                even, odd = tl.split(tl.reshape(prefix_sum, [1, WORDS, 2]))
+                tl.store(parts + tl.arange(0, WORDS)[None, :], even)
+                tl.store(parts + WORDS + tl.arange(0, WORDS)[None, :], odd)
+            else:
+                tl.store(parts + tl.arange(0, BLOCK)[None, :], prefix_sum)
     else:
         image = tile // (stripes * spans)
         row = tile // spans % stripes * (BANDS * ROWS)
@@ -599,15 +605,16 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
                     )
         if parts is not None:
             # By programs, not by channels: an address that takes no registers during the loop.
+            # The halves one behind the other.
             parts += tl.program_id(0).to(tl.int64) * (SUMS * BLOCK)
-            o_part = tl.arange(0, WORDS)[None, :] * HALVES
+            o_part = tl.arange(0, WORDS)[None, :]
             for half in tl.static_range(HALVES):
                 for k in tl.static_range(10):
                     total = tl.sum(sums[k * HALVES + half], axis=0, keep_dims=True)
-                    tl.store(parts + (k * BLOCK + half) + o_part, total)
+                    tl.store(parts + (k * BLOCK + half * WORDS) + o_part, total)
                 if SUMS == 11:
                     total = tl.sum(sum_dz[half], axis=0, keep_dims=True)
-                    tl.store(parts + (10 * BLOCK + half) + o_part, total)
+                    tl.store(parts + (10 * BLOCK + half * WORDS) + o_part, total)
 
 
 # A program adds the parts of BLOCK columns of one of the sums, in their order.
@@ -624,11 +631,15 @@ def dwconv_gelu_sums(  # type: ignore[no-untyped-def]
     PARTS: tl.constexpr,
     SUMS: tl.constexpr,
     OF: tl.constexpr,
+    HALVES: tl.constexpr,
 ):
-    # A part is (channels / OF, SUMS, OF).
-    BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
+    # A part is (channels / OF, SUMS, HALVES, OF / HALVES): of OF channels, first every other one.
+    STORED: tl.constexpr = (C + OF - 1) // OF * OF
+    BLOCKS: tl.constexpr = (STORED + BLOCK - 1) // BLOCK
+    HALF: tl.constexpr = OF // HALVES
     k = tl.program_id(0) // BLOCKS
-    o_c = (tl.program_id(0) % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    o = (tl.program_id(0) % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    o_c = o // OF * OF + o % HALF * HALVES + o % OF // HALF
     m_c = o_c < C
     # Prefix tokens take no part in the convolution: their tiles wrote the last sum only.
     if k < 10:
@@ -636,12 +647,12 @@ def dwconv_gelu_sums(  # type: ignore[no-untyped-def]
     else:
         count = tiles
     b_sum = tl.zeros([PARTS, BLOCK], tl.float32)
-    o_sum = o_c // OF * (SUMS * OF) + k * OF + o_c % OF
-    part: tl.constexpr = (C + OF - 1) // OF * (SUMS * OF)
+    o_sum = o // OF * (SUMS * OF) + k * OF + o % OF
+    m_sum = o < STORED
     for start in range(0, count, PARTS):
         o_part = start + tl.arange(0, PARTS)[:, None]
-        o = o_part.to(tl.int64) * part + o_sum[None, :]
-        b_sum += tl.load(parts + o, mask=(o_part < count) & m_c[None, :], other=0.0)
+        p_parts = parts + (o_part.to(tl.int64) * (STORED * SUMS) + o_sum[None, :])
+        b_sum += tl.load(p_parts, mask=(o_part < count) & m_sum[None, :], other=0.0)
     b_total = tl.sum(b_sum, axis=0)
     if k < 9:
         if d_weight is not None:
@@ -654,6 +665,9 @@ def dwconv_gelu_sums(  # type: ignore[no-untyped-def]
         if sum_dz is not None:
             tl.store(sum_dz + o_c, round_to(b_total, sum_dz.dtype.element_ty), mask=m_c)
 
+
+# The usual widths of grids are known to the compiler, which folds them into addresses.
+WIDTHS = (16, 32, 64)
 
 TUNABLE: dict[str, list[_launch.Config]] = {
     "dwconv_gelu_forward": [
@@ -704,8 +718,7 @@ def _plan(
         "spans": spans,
         "span": span,
         "C": C,
-        # The usual widths are known to the compiler, which folds them into addresses.
-        "WIDTH": W if W in (16, 32, 64) else 0,
+        "WIDTH": W if W in WIDTHS else 0,
         "WHOLE": H % rows == 0,
         "SPLIT": spans > 1,
     }
@@ -727,8 +740,10 @@ def forward(
     vector = 16 // z.element_size() if C * z.element_size() % 16 == 0 else 2
     bands = min(4, _launch.power_of_two(_launch.cdiv(grid[0], 4)))
     block = min(32 * vector, _launch.power_of_two(C))
-    # With one band a thread's four channels of float32 would spill.
+    # With one band a thread's four channels of float32 would spill; on RDNA eight of any type.
     thread = 2 if bands == 1 and z.element_size() == 4 else vector
+    if _launch.chip(z.device).rdna:
+        thread = min(thread, 4)
     default = {
         "BLOCK": block,
         "ROWS": 4,
@@ -764,9 +779,11 @@ def backward(
     # Words of two channels, where they lie at multiples of their size.
     pair = z.element_size() == 2 and C % 2 == 0 and not (z.data_ptr() | dy.data_ptr()) % 4
     family = _launch.chip(z.device).family
-    # 16 rows fit where one band has all of them and a thread has words; on sm_100 they spill. The
-    # interpreter takes as long for a row as for a band of them, so it gets few rows.
-    tallest = 16 if pair and grid[0] <= 16 and family in ("sm_80", "sm_90") else 8
+    # 16 rows fit where one band has all of them, a thread has words, and addresses fold into
+    # constants; on sm_100 they spill. The interpreter takes as long for a row as for a band of
+    # them, so it gets few rows.
+    fits = pair and grid[0] <= 16 and grid[1] in WIDTHS and C % 64 == 0
+    tallest = 16 if fits and family in ("sm_80", "sm_90") else 8
     rows = min(4 if family == "default" else tallest, max(4, _launch.power_of_two(grid[0])))
     bands = 2 if grid[0] > rows else 1
     # A warp has a band: 32 words, but 64 where its lanes are as many.
@@ -786,11 +803,11 @@ def backward(
     if parts is not None:
         # One load of every thread takes all parts of a usual call, and every processor has some.
         default = {"BLOCK": 32, "PARTS": 16 if tiles <= 16 else 128, "num_warps": 4}
-        chip = _launch.chip(z.device)
+        chip, of = _launch.chip(z.device), plan["BLOCK"]
         config = _launch.config("dwconv_gelu_sums", (C,), chip, default)
         _launch.launch(
             dwconv_gelu_sums,
-            (sums * _launch.cdiv(C, config["BLOCK"]),),
+            (sums * _launch.cdiv(_launch.cdiv(C, of) * of, config["BLOCK"]),),
             parts=parts,
             d_weight=filled[1],
             d_bias=filled[2],
@@ -799,7 +816,8 @@ def backward(
             tiles=tiles,
             C=C,
             SUMS=sums,
-            OF=plan["BLOCK"],
+            OF=of,
+            HALVES=2 if pair else 1,
             **config,
         )
     for tensor, full in zip(wanted, filled, strict=True):

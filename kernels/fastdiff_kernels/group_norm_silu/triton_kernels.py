@@ -817,7 +817,8 @@ class _Plan:
         cls, kernel: Any, shape: _Shape, images: int, on: _launch.Chip, channels: range
     ) -> _Plan:
         name = kernel.__name__
-        default = {"block": 8192 // shape.itemsize, "num_warps": 4, "num_stages": 3}
+        stages = 1 if on.rdna else 3
+        default = {"block": 8192 // shape.itemsize, "num_warps": 4, "num_stages": stages}
         if shape.scattered and kernel is group_norm_silu_input_gradients:
             default["num_warps"] = 8
         chosen = _launch.config(name, shape.key, on, default)

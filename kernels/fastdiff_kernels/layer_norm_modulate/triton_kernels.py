@@ -375,7 +375,7 @@ def _plan(
         programs: by CHUNKS, how many a processor has registers for at the presets' widths.
         stages: default of num_stages.
     """
-    C, lanes = x.shape[-1], 16 // x.element_size()
+    C, lanes, chip = x.shape[-1], 16 // x.element_size(), _launch.chip(x.device)
     rows = math.prod(x.shape[:-1]) // max(images, 1)
     # Two or three pieces, whichever wastes fewer lanes; four warps, but for very wide rows.
     chunks = min((2, 3), key=lambda n: n * _launch.power_of_two(_launch.cdiv(C, n)))
@@ -383,9 +383,8 @@ def _plan(
         "CHUNKS": chunks if C > 64 else 1,
         "PROGRAMS": programs[chunks],
         "num_warps": min(max(4, _launch.power_of_two(_launch.cdiv(C, chunks)) // (64 * lanes)), 16),
-        "num_stages": stages,
+        "num_stages": 1 if chip.rdna else stages,
     }
-    chip = _launch.chip(x.device)
     config = _launch.config(kernel, (C, x.element_size(), streams), chip, default)
     block = _launch.power_of_two(_launch.cdiv(C, config["CHUNKS"]))
     # As many rows as give each thread 16 bytes of each piece.
