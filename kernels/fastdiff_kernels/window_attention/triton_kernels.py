@@ -619,6 +619,10 @@ def _plan(
         warps, stages = T // 4, 1 if chip.family == "sm_80" else 2
         if chip.family == "sm_100" and not problem["ROLLED"]:
             warps, stages = T // 8, 3
+        elif chip.family == "sm_100" and kernel == "backward_queries":
+            warps = T // 8
+        elif chip.family == "sm_80" and kernel == "backward_keys":
+            stages = 2
         elif chip.family == "sm_90" and kernel == "backward_queries" and DP <= 64:
             warps, stages = T // 8, 1
         elif chip.family == "gfx942":
@@ -630,9 +634,10 @@ def _plan(
     elif kernel == "backward" and T == 64:
         # Scores, gradients and two T x T tiles of the bias fill four warps' registers.
         hopper = chip.family in ("sm_90", "sm_100")
-        warps, stages = (8, 1)
+        # Four of AMD's have twice the lanes, and 512 registers each.
+        warps, stages = (4, 1) if chip.family == "gfx942" else (8, 1)
         if hopper and DP <= 64 and not vector and (chip.family == "sm_90" or not masked):
-            warps, stages = 4, 2 if problem["PADDED"] else 3
+            warps, stages = 4, 2 if problem["PADDED"] or chip.family == "sm_100" else 3
     resident = 16 if kernel == "forward" else 8  # warps of a multiprocessor
     default = {"num_warps": warps, "num_stages": stages, "programs": resident // warps}
     key = (T, BLOCKS, DP, size, int(masked) + int(vector))
