@@ -161,7 +161,7 @@ def _cuobjdump(what: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, what, file.name]
+        command = [str(tool), what, file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
