@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -143,10 +142,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     batch = args.batch or (2 if args.steps <= 50 else 32)
     mine, theirs = args.back_ends
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        from benchmarks import interpreter
-
-        interpreter.patch_once_a_launch()
     if mine == theirs:
         parser.error(f"both back ends are {mine!r}; expected two that differ")
 

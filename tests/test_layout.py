@@ -56,6 +56,7 @@ HOME = {
     "triton": {
         "kernels/fastdiff_kernels/*/triton_kernels.py",
         "kernels/fastdiff_kernels/_bound.py",
+        "kernels/fastdiff_kernels/_interpreter.py",
         "kernels/fastdiff_kernels/_jit.py",
     },
     "deepspeed": {"fastdiff/training/engine.py"},

@@ -9,8 +9,12 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from fastdiff_kernels import _interpreter
+
 # Triton reads the same variable when a kernel is decorated.
 INTERPRETS = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+if INTERPRETS.value:
+    _interpreter.patch_once_a_launch()
 
 
 @triton.jit

@@ -24,11 +24,6 @@ import torch
 
 from fastdiff_kernels import _launch, backend
 
-if conformance.BACKEND == "triton" and conformance.DEVICE == "cpu":
-    from benchmarks import interpreter
-
-    interpreter.patch_once_a_launch()
-
 
 def without_hypothesis() -> types.ModuleType:
     """What stands in for the package where it is absent: every property test is skipped."""
