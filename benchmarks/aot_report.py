@@ -14,9 +14,9 @@ build/aot-cache by content, so a second run compiles what changed.
 that it names. `OLDEST` is the version that GPU machines have; `make build/triton-3.6.0` puts it
 into a folder of its own.
 
-Exit status 1 where a form does not compile, spills (see `benchmarks.aot.judge`), takes more shared
-memory than the chip has, or (in presets and benchmarks) reads or writes a large tensor in narrow
-pieces: by threads of less than 16 bytes each, unless the 32 of a warp have 128 bytes in a row.
+Exit status 1 where a form does not compile, spills, takes more shared memory than the chip has, or
+(in presets and benchmarks) reads or writes a large tensor in narrow pieces: by threads of less than
+16 bytes each, unless the 32 of a warp have 128 bytes in a row.
 """
 
 from __future__ import annotations

@@ -40,7 +40,6 @@ class Verdict:
         error: why there is no machine code; everything else is empty then.
         registers: of a thread.
         spilled: bytes of a thread's local memory.
-        spilling: loads and stores of it in the loop that has most (NVIDIA only).
         shared: bytes of shared memory of a block.
         widths: for each pointer, bytes of its widest access by one thread (NVIDIA only).
         spans: for each pointer, bytes in a row that a warp covers (NVIDIA only).
@@ -50,7 +49,6 @@ class Verdict:
     error: str = ""
     registers: int = 0
     spilled: int = 0
-    spilling: int = 0
     shared: int = 0
     widths: dict[str, int] = field(default_factory=dict)
     spans: dict[str, int] = field(default_factory=dict)
@@ -90,21 +88,12 @@ def compile_form(form: Form, family: str, kernel: Any = None) -> Verdict:
     shared = made.metadata.shared
     if family.startswith("gfx"):
         registers, spilled = machine.amd_resources(made.asm["amdgcn"])
-        return Verdict("", registers, spilled, shared=shared, seconds=_seconds() - before)
+        return Verdict("", registers, spilled, shared, seconds=_seconds() - before)
     registers, spilled = sass.resources(made.asm["cubin"])
-    spilling = sass.read(made.asm["cubin"]).spilled if spilled else 0
     pointers = [n for n, kind in signature.items() if kind != "constexpr"]
     widths = machine.accesses(made.asm["ptx"], pointers)
     spans = machine.warp_spans(made.asm["ttgir"])
-    return Verdict(
-        registers=registers,
-        spilled=spilled,
-        spilling=spilling,
-        shared=shared,
-        widths=widths,
-        spans=spans,
-        seconds=_seconds() - before,
-    )
+    return Verdict("", registers, spilled, shared, widths, spans, _seconds() - before)
 
 
 def _seconds() -> float:

@@ -10,10 +10,6 @@ from fastdiff_kernels import _launch
 REGISTERS, WARPS, BLOCKS = 65_536, 64, 32
 SHARED = {"sm_80": 167_936, "sm_90": 233_472, "sm_100": 233_472}
 
-# Bytes that a kernel may put aside before its loops and take back after them: two registers, four
-# instructions of a program. A spill within a loop is none of these.
-PARKED = 8
-
 
 def resident(verdict: Verdict, family: str, num_warps: int) -> int:
     """Warps of a kernel that one multiprocessor can hold (NVIDIA only)."""
@@ -28,7 +24,7 @@ def faults(use: Use, made: Verdict, family: str) -> list[str]:
     if made.error:
         return [made.error]
     found = []
-    if made.spilled > PARKED or made.spilling or (made.spilled and family.startswith("gfx")):
+    if made.spilled:
         found.append(f"spills {made.spilled} bytes")
     if made.shared > _launch.CHIPS[family].shared:
         found.append(f"{made.shared} bytes of shared memory; {family} has room for less")

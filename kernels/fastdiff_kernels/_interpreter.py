@@ -17,7 +17,12 @@ from triton.runtime import interpreter
 
 @functools.cache
 def patch_once_a_launch() -> None:
-    """Speed the interpreter up, in this process; results are the same."""
+    """Speed the interpreter up, in this process; results are the same.
+
+    Where a version of Triton has no such functions, it stays as slow as it is.
+    """
+    if not hasattr(interpreter, "_patch_lang") or not hasattr(interpreter, "GridExecutor"):
+        return
     patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     done: set[str] = set()
     seen: dict[int, frozenset[str]] = {}  # the modules that a function's own module names

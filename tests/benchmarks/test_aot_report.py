@@ -150,18 +150,7 @@ def test_a_spill_fails(family: str) -> None:
     assert f"spills {made.spilled} bytes" in wrong
 
 
-def test_two_registers_put_aside_before_a_loop_are_no_spill_and_within_one_they_are() -> None:
-    use, made = use_of(copy, 1024), verdict_on(copy, 1024)[0]
-    for spilled, spilling, fails in ((8, 0, False), (8, 1, True), (12, 0, True)):
-        changed = dataclasses.replace(made, spilled=spilled, spilling=spilling)
-        assert judge.faults(use, changed, "sm_90") == [f"spills {spilled} bytes"] * fails
-    # AMD's code is not searched for loops.
-    assert judge.faults(use, one.Verdict(spilled=8), "gfx942") == ["spills 8 bytes"]
-
-
 def test_a_spill_is_found_in_the_loop_that_has_it_and_where_there_is_no_loop() -> None:
-    made, _ = verdict_on(hold_too_much, 4096, 1)
-    assert made.spilling > 0
     lines = ["STL", "FFMA", "LDL", "BRA", "FADD", "FADD", "FADD", "FADD", "BRA", "LDL", "EXIT"]
     targets = {3: 1, 8: 4}  # two loops: a load in the smaller, a load and a store in none
 

@@ -362,8 +362,8 @@ def dwconv_gelu_backward(  # type: ignore[no-untyped-def]
     PAIR: tl.constexpr,
 ):
     DTYPE: tl.constexpr = z.dtype.element_ty
-    # Of the sizes tried, those with which 16 rows fit the registers.
-    GROUP: tl.constexpr = 8 if DTYPE == tl.float16 else 4
+    # Of the sizes tried, those with which the rows fit the registers.
+    GROUP: tl.constexpr = 4 if ROWS == 16 and DTYPE != tl.float16 else 8
     EXACT: tl.constexpr = DTYPE == tl.float32
     # The caller computes GELU of the same values, too; or the gradients of parameters are float32.
     PRECISE: tl.constexpr = (y is not None) or bias.dtype.element_ty == tl.float32
