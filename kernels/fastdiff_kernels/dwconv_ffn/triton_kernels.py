@@ -667,7 +667,7 @@ def dwconv_gelu_sums(  # type: ignore[no-untyped-def]
 
 
 # The usual widths of grids are known to the compiler, which folds them into addresses.
-WIDTHS = (16, 32, 64)
+WIDTHS = (7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
 
 TUNABLE: dict[str, list[_launch.Config]] = {
     "dwconv_gelu_forward": [
@@ -779,11 +779,12 @@ def backward(
     # Words of two channels, where they lie at multiples of their size.
     pair = z.element_size() == 2 and C % 2 == 0 and not (z.data_ptr() | dy.data_ptr()) % 4
     family = _launch.chip(z.device).family
-    # 16 rows fit where one band has all of them, a thread has words, and addresses fold into
-    # constants; on sm_100 they spill. The interpreter takes as long for a row as for a band of
-    # them, so it gets few rows.
-    fits = pair and grid[0] <= 16 and grid[1] in WIDTHS and C % 64 == 0
-    tallest = 16 if fits and family in ("sm_80", "sm_90") else 8
+    # What fits the registers. 16 rows: of a grid that has as many, where a thread has words and
+    # addresses fold into constants, but not on sm_100. 8 rows of words: where addresses fold.
+    tallest = 8 if grid[1] in WIDTHS or not pair else 4
+    if tallest == 8 and pair and grid[0] == 16 and C % 64 == 0 and family in ("sm_80", "sm_90"):
+        tallest = 16
+    # The interpreter takes as long for a row as for a band of them, so it gets few rows.
     rows = min(4 if family == "default" else tallest, max(4, _launch.power_of_two(grid[0])))
     bands = 2 if grid[0] > rows else 1
     # A warp has a band: 32 words, but 64 where its lanes are as many.

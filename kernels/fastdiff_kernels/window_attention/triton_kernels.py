@@ -129,9 +129,9 @@ def _vector(pad, i_channel, o_d, D: tl.constexpr):
 
 
 @triton.jit
-def _times(rows, pad, i_channel, o_d, D: tl.constexpr):
-    """rows @ that vector, float32; None without one."""
-    if pad is None:
+def _times(rows, pad, i_channel, o_d, D: tl.constexpr, APART: tl.constexpr):
+    """rows @ that vector, float32; None where the tile of keys has it, or there is none."""
+    if not APART:
         product = None
     else:
         product = tl.sum(rows.to(tl.float32) * _vector(pad, i_channel, o_d, D)[None, :], 1)
@@ -140,11 +140,15 @@ def _times(rows, pad, i_channel, o_d, D: tl.constexpr):
 
 @triton.jit
 def _keys(
-    qkv, i_window, o_k, i_head, H, W, shift_h, shift_w,
+    qkv, pad, i_window, o_k, i_head, H, W, shift_h, shift_w,
     HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, h: tl.constexpr, w: tl.constexpr,
     ROLLED: tl.constexpr, PADDED: tl.constexpr, VALUE: tl.constexpr, WHOLE: tl.constexpr,
+    APART: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values of tokens o_k of a window, zeros for padding; its mask; the regions."""
+    """Keys and values of tokens o_k of a window; the mask of padding; the regions.
+
+    Padding has zeros, or the vector where rounding to the tile's dtype does not change it.
+    """
     C: tl.constexpr = HEADS * D
     o_d = tl.arange(0, DP)
     pixel, inside, region = _tokens(
@@ -153,7 +157,13 @@ def _keys(
     p_k = qkv + pixel * (3 * C) + (C + i_head * D)
     k = _load(p_k, inside, o_d, D, WHOLE)
     v = _load(p_k + C, inside, o_d, D, WHOLE)
-    return k, v, ~inside & (o_k < h * w), region
+    padding = ~inside & (o_k < h * w)
+    if pad is not None:
+        if not APART:
+            i_k = C + i_head * D
+            k = tl.where(padding[:, None], _vector(pad, i_k, o_d, D).to(k.dtype)[None, :], k)
+            v = tl.where(padding[:, None], _vector(pad, i_k + C, o_d, D).to(v.dtype)[None, :], v)
+    return k, v, padding, region
 
 
 @triton.jit
@@ -205,6 +215,21 @@ def _on_padding(p, padding):
     return tl.sum(tl.where(padding[None, :], p, 0.0), 1)
 
 
+@triton.jit
+def _weighted(weights, rows):
+    """The sum of rows by their weights, float32."""
+    return tl.sum(weights[:, None] * rows.to(tl.float32), 0)
+
+
+@triton.jit
+def _of_padding(tile, padding):
+    """The sum over rows of padding: of few windows, and it needs other threads."""
+    total = tl.zeros([tile.shape[1]], tl.float32)
+    if tl.max(padding.to(tl.int32), 0) > 0:
+        total = tl.sum(tl.where(padding[:, None], tile, 0.0), 0)
+    return total
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def window_attention_forward(
     qkv, table, pad, out, scale, windows, H, W, shift_h, shift_w, groups,
@@ -217,6 +242,7 @@ def window_attention_forward(
     WHOLE: tl.constexpr = not PADDED and T * BLOCKS == h * w
     TORN: tl.constexpr = ROLLED or (PADDED and not VALUE)
     OVERHANG: tl.constexpr = T * BLOCKS != h * w
+    APART: tl.constexpr = False if pad is None else pad.dtype.element_ty != qkv.dtype.element_ty
     i_head = tl.program_id(0) % HEADS
     o_q = tl.program_id(0) // HEADS % BLOCKS * T + tl.arange(0, T)
     o_d = tl.arange(0, DP)
@@ -228,7 +254,7 @@ def window_attention_forward(
             i_window, o_q, H, W, shift_h, shift_w, h, w, ROLLED, PADDED, VALUE
         )
         q = _load(qkv + pixel * (3 * C) + i_head * D, inside, o_d, D, WHOLE)
-        q_pad = _times(q, pad, i_k, o_d, D)
+        q_pad = _times(q, pad, i_k, o_d, D, APART)
         # Not -inf: a tile of keys that a query does not see leaves 0 = exp(-inf - top), no NaN.
         top = tl.full([T], -3.0e38, tl.float32)
         total = tl.zeros([T], tl.float32)
@@ -236,8 +262,8 @@ def window_attention_forward(
         for i_block in range(BLOCKS):
             o_k = i_block * T + tl.arange(0, T)
             k, v, padding, region_k = _keys(
-                qkv, i_window, o_k, i_head, H, W, shift_h, shift_w,
-                HEADS, D, DP, h, w, ROLLED, PADDED, VALUE, WHOLE,
+                qkv, pad, i_window, o_k, i_head, H, W, shift_h, shift_w,
+                HEADS, D, DP, h, w, ROLLED, PADDED, VALUE, WHOLE, APART,
             )  # fmt: skip
             if BLOCKS == 1:
                 bias = whole_bias
@@ -249,7 +275,7 @@ def window_attention_forward(
             p = tl.exp2(s - higher[:, None])
             total = total * shrink + tl.sum(p, 1)
             acc = dot(round_to(p, v.dtype), v, acc * shrink[:, None])
-            if pad is not None:
+            if APART:
                 acc += _on_padding(p, padding)[:, None] * _vector(pad, i_v, o_d, D)[None, :]
             top = higher
         p_out = out + pixel * C + i_head * D
@@ -272,12 +298,13 @@ def window_attention_backward(
     WHOLE: tl.constexpr = not PADDED and T == h * w
     TORN: tl.constexpr = ROLLED or (PADDED and not VALUE)
     OVERHANG: tl.constexpr = T != h * w
+    APART: tl.constexpr = False if pad is None else pad.dtype.element_ty != qkv.dtype.element_ty
     i_head = tl.program_id(0) % HEADS
     o_t, o_d = tl.arange(0, T), tl.arange(0, DP)
     i_k, i_v = C + i_head * D, 2 * C + i_head * D
     bias = _bias(table, o_t[:, None], o_t[None, :], i_head, h, w, HEADS, OVERHANG)
     sum_bias = tl.zeros([T, T], tl.float32)
-    sum_dk, sum_dv = tl.zeros([T, DP], tl.float32), tl.zeros([T, DP], tl.float32)
+    sum_dk, sum_dv = tl.zeros([DP], tl.float32), tl.zeros([DP], tl.float32)
     # Addresses are worked out again for each window: there are no registers to keep them in.
     for i_window in tl.range(tl.program_id(0) // HEADS, windows, groups, disable_licm=True):
         pixel, inside, region = _tokens(
@@ -287,31 +314,40 @@ def window_attention_backward(
         q = _load(qkv + at, inside, o_d, D, WHOLE)
         dout = _load(dy + pixel * C + i_head * D, inside, o_d, D, WHOLE)
         k, v, padding, _ = _keys(
-            qkv, i_window, o_t, i_head, H, W, shift_h, shift_w,
-            HEADS, D, DP, h, w, ROLLED, PADDED, VALUE, WHOLE,
+            qkv, pad, i_window, o_t, i_head, H, W, shift_h, shift_w,
+            HEADS, D, DP, h, w, ROLLED, PADDED, VALUE, WHOLE, APART,
         )  # fmt: skip
-        q_pad = _times(q, pad, i_k, o_d, D)
-        dout_pad = _times(dout, pad, i_v, o_d, D)
+        q_pad = _times(q, pad, i_k, o_d, D, APART)
+        dout_pad = _times(dout, pad, i_v, o_d, D, APART)
         s = _scores(q, k, bias, q_pad, padding, region, region, scale, TORN)
         p = tl.exp2(s - tl.max(s, 1)[:, None])
         p = p * (1.0 / tl.sum(p, 1))[:, None]
         dp = _products(dout, v, dout_pad, padding)
         p_dp = p * dp
         ds = p_dp - p * tl.sum(p_dp, 1)[:, None]
-        if pad is not None:
-            ds_pad = _on_padding(ds, padding)
-        if d_pad is not None:  # the sum over tokens is taken behind the loop
-            sum_dk += ds_pad[:, None] * q.to(tl.float32)
-            sum_dv += _on_padding(p, padding)[:, None] * dout.to(tl.float32)
-        if dqkv is not None:
-            # One product at a time, stored before the next: registers.
+        # One product at a time, stored before the next: registers.
+        if dqkv is not None or d_pad is not None:
             dv = dot(tl.trans(round_to(p, q.dtype)), dout)
-            _store(dqkv + at + 2 * C, dv, inside, o_d, D, WHOLE)
+            if dqkv is not None:
+                _store(dqkv + at + 2 * C, dv, inside, o_d, D, WHOLE)
+            if d_pad is not None:
+                if APART:
+                    sum_dv += _weighted(_on_padding(p, padding), dout)
+                else:
+                    sum_dv += _of_padding(dv, padding)
             low = round_to(ds, q.dtype)
             dk = dot(tl.trans(low), q)
-            _store(dqkv + at + C, dk * scale, inside, o_d, D, WHOLE)
+            if dqkv is not None:
+                _store(dqkv + at + C, dk * scale, inside, o_d, D, WHOLE)
+            if d_pad is not None:
+                if APART:
+                    sum_dk += _weighted(_on_padding(ds, padding), q)
+                else:
+                    sum_dk += _of_padding(dk, padding)
+        if dqkv is not None:
             dq = dot(low, k)
-            if pad is not None:
+            if APART:
+                ds_pad = _on_padding(ds, padding)
                 dq += ds_pad[:, None] * _vector(pad, i_k, o_d, D)[None, :]
             _store(dqkv + at, dq * scale, inside, o_d, D, WHOLE)
         if d_bias is not None:  # last: else sm_80 spills
@@ -321,8 +357,8 @@ def window_attention_backward(
         p_bias = d_bias + i_program.to(tl.int64) * (T * T)
         tl.store(p_bias + o_t[:, None] * T + o_t[None, :], sum_bias)
     if d_pad is not None:
-        tl.store(d_pad + i_program * (2 * DP) + o_d, tl.sum(sum_dk, 0) * scale)
-        tl.store(d_pad + i_program * (2 * DP) + DP + o_d, tl.sum(sum_dv, 0))
+        tl.store(d_pad + i_program * (2 * DP) + o_d, sum_dk * scale)
+        tl.store(d_pad + i_program * (2 * DP) + DP + o_d, sum_dv)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -343,6 +379,7 @@ def window_attention_backward_queries(
     WHOLE: tl.constexpr = not PADDED and T * BLOCKS == h * w
     TORN: tl.constexpr = ROLLED or (PADDED and not VALUE)
     OVERHANG: tl.constexpr = T * BLOCKS != h * w
+    APART: tl.constexpr = False if pad is None else pad.dtype.element_ty != qkv.dtype.element_ty
     i_head = tl.program_id(0) % HEADS
     o_q = tl.program_id(0) // HEADS % BLOCKS * T + tl.arange(0, T)
     o_d = tl.arange(0, DP)
@@ -355,16 +392,16 @@ def window_attention_backward_queries(
         at = pixel * (3 * C) + i_head * D
         q = _load(qkv + at, inside, o_d, D, WHOLE)
         dout = _load(dy + pixel * C + i_head * D, inside, o_d, D, WHOLE)
-        q_pad = _times(q, pad, i_k, o_d, D)
-        dout_pad = _times(dout, pad, i_v, o_d, D)
+        q_pad = _times(q, pad, i_k, o_d, D, APART)
+        dout_pad = _times(dout, pad, i_v, o_d, D, APART)
         top = tl.full([T], -3.0e38, tl.float32)
         total = tl.zeros([T], tl.float32)
         delta = tl.zeros([T], tl.float32)
         for i_block in range(BLOCKS):
             o_k = i_block * T + tl.arange(0, T)
             k, v, padding, region_k = _keys(
-                qkv, i_window, o_k, i_head, H, W, shift_h, shift_w,
-                HEADS, D, DP, h, w, ROLLED, PADDED, VALUE, WHOLE,
+                qkv, pad, i_window, o_k, i_head, H, W, shift_h, shift_w,
+                HEADS, D, DP, h, w, ROLLED, PADDED, VALUE, WHOLE, APART,
             )  # fmt: skip
             bias = _bias(table, o_q[:, None], o_k[None, :], i_head, h, w, HEADS, OVERHANG)
             s = _scores(q, k, bias, q_pad, padding, region, region_k, scale, TORN)
@@ -387,8 +424,8 @@ def window_attention_backward_queries(
             for i_block in range(BLOCKS):
                 o_k = i_block * T + tl.arange(0, T)
                 k, v, padding, region_k = _keys(
-                    qkv, i_window, o_k, i_head, H, W, shift_h, shift_w,
-                    HEADS, D, DP, h, w, ROLLED, PADDED, VALUE, WHOLE,
+                    qkv, pad, i_window, o_k, i_head, H, W, shift_h, shift_w,
+                    HEADS, D, DP, h, w, ROLLED, PADDED, VALUE, WHOLE, APART,
                 )  # fmt: skip
                 bias = _bias(table, o_q[:, None], o_k[None, :], i_head, h, w, HEADS, OVERHANG)
                 s = _scores(q, k, bias, q_pad, padding, region, region_k, scale, TORN)
@@ -398,13 +435,13 @@ def window_attention_backward_queries(
                 if pad is not None:
                     ds_pad += _on_padding(ds, padding)
                     p_pad += _on_padding(p, padding)
-            if pad is not None:
+            if APART:
                 dq += ds_pad[:, None] * _vector(pad, i_k, o_d, D)[None, :]
             if dqkv is not None:
                 _store(dqkv + at, dq * scale, inside, o_d, D, WHOLE)
             if d_pad is not None:
-                sum_dk += tl.sum(ds_pad[:, None] * q.to(tl.float32), 0)
-                sum_dv += tl.sum(p_pad[:, None] * dout.to(tl.float32), 0)
+                sum_dk += _weighted(ds_pad, q)
+                sum_dv += _weighted(p_pad, dout)
     if d_pad is not None:
         p_row = d_pad + tl.program_id(0) * (2 * DP) + o_d
         tl.store(p_row, sum_dk * scale)
@@ -432,8 +469,8 @@ def window_attention_backward_keys(
             i_window, o_k, H, W, shift_h, shift_w, h, w, ROLLED, PADDED, VALUE
         )
         k, v, _, region_k = _keys(
-            qkv, i_window, o_k, i_head, H, W, shift_h, shift_w,
-            HEADS, D, DP, h, w, ROLLED, PADDED, VALUE, WHOLE,
+            qkv, None, i_window, o_k, i_head, H, W, shift_h, shift_w,
+            HEADS, D, DP, h, w, ROLLED, PADDED, VALUE, WHOLE, False,
         )  # fmt: skip
         dk, dv = tl.zeros([T, DP], tl.float32), tl.zeros([T, DP], tl.float32)
         for i_block in range(BLOCKS):
@@ -470,6 +507,7 @@ def window_attention_backward_bias(
     WHOLE: tl.constexpr = not PADDED and T * BLOCKS == h * w
     TORN: tl.constexpr = ROLLED or (PADDED and not VALUE)
     OVERHANG: tl.constexpr = T * BLOCKS != h * w
+    APART: tl.constexpr = False if pad is None else pad.dtype.element_ty != qkv.dtype.element_ty
     i_head = tl.program_id(0) % HEADS
     i_tile = tl.program_id(0) // HEADS % (BLOCKS * BLOCKS)
     i_group = tl.program_id(0) // (HEADS * BLOCKS * BLOCKS)
@@ -486,11 +524,11 @@ def window_attention_backward_bias(
         q = _load(qkv + pixel * (3 * C) + i_head * D, inside, o_d, D, WHOLE)
         dout = _load(dy + pixel * C + i_head * D, inside, o_d, D, WHOLE)
         k, v, padding, region_k = _keys(
-            qkv, i_window, o_k, i_head, H, W, shift_h, shift_w,
-            HEADS, D, DP, h, w, ROLLED, PADDED, VALUE, WHOLE,
+            qkv, pad, i_window, o_k, i_head, H, W, shift_h, shift_w,
+            HEADS, D, DP, h, w, ROLLED, PADDED, VALUE, WHOLE, APART,
         )  # fmt: skip
-        q_pad = _times(q, pad, i_k, o_d, D)
-        dout_pad = _times(dout, pad, i_v, o_d, D)
+        q_pad = _times(q, pad, i_k, o_d, D, APART)
+        dout_pad = _times(dout, pad, i_v, o_d, D, APART)
         o_row = (tl.cast(i_window, tl.int64) * HEADS + i_head) * (BLOCKS * T) + o_q
         s = _scores(q, k, bias, q_pad, padding, region, region_k, scale, TORN)
         p = tl.exp2(s - tl.load(rows_top + o_row)[:, None])
@@ -639,7 +677,7 @@ def _plan(
             elif kernel == "backward_keys":
                 warps = 8
     elif kernel == "backward" and T == 32 and vector and chip.family == "sm_90":
-        warps, stages = 4, 1
+        warps = 4
     elif kernel == "backward" and T == 64:
         # Scores, gradients and two T x T tiles of the bias fill four warps' registers.
         hopper = chip.family in ("sm_90", "sm_100")

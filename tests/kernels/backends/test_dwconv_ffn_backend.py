@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import os
@@ -110,26 +111,32 @@ def test_prefix_tokens_stay_away_from_the_grid():
 
 
 @only_triton
-@pytest.mark.parametrize("grid", [(16, 2), (13, 5)])
-def test_every_configuration_that_tuning_may_choose(grid):
-    """In turn with programs that take a whole width, and with many that share one."""
+def test_every_configuration_that_tuning_may_choose():
+    """In turn with programs that take a whole width, and with many that share one.
+
+    In bfloat16, on a usual width, with full bands: elsewhere the launchers take few rows.
+    """
     tunable = importlib.import_module("fastdiff_kernels.dwconv_ffn.triton_kernels").TUNABLE
-    C = 40
     for kernel, configs in tunable.items():
-        key = f"{C}" if kernel == "dwconv_gelu_sums" else f"{grid[0]},{C},4"
         # Unrolling is nothing to the interpreter.
         for i, config in enumerate(configs if DEVICE == "cuda" else configs[::2]):
+            H = config.get("ROWS", 1) * config.get("BANDS", 3)
+            grid, key = ((H, 2), "64") if H == 3 else ((H, 8), f"{H},64,2")
             chip = _launch.Chip("default", (1, 1000)[i % 2], 101_376, 1 << 20)
             with _launch.pretend(chip), _launch.override(kernel, key, config):
-                check_float32(grid, 1, C, B=1)
+                check_numerics(gelu_on(grid, 1), make(grid, 1, 64, B=1), torch.bfloat16)
 
 
 @only_triton
 def test_sixteen_rows_in_words_of_two_channels():
-    """What Hopper runs on grids of 9 to 16 rows: a whole width with y again, and cut without."""
-    with _launch.pretend(_launch.CHIPS["sm_90"]):
-        check_numerics(ffn_on((16, 2), 1), make_ffn((16, 2), 1, 16, 64), torch.bfloat16)
-        check_numerics(gelu_on((13, 5), 1), make((13, 5), 1, 64), torch.float16)
+    """What Hopper runs on grids of 16 rows: a whole width with y again, and cut without."""
+    hopper = _launch.CHIPS["sm_90"]
+    with _launch.pretend(dataclasses.replace(hopper, processors=1)), _launch.consulting() as whole:
+        check_numerics(ffn_on((16, 8), 1), make_ffn((16, 8), 1, 16, 64, 1), torch.bfloat16)
+    with _launch.pretend(hopper), _launch.consulting() as cut:
+        check_numerics(gelu_on((16, 8), 1), make((16, 8), 1, 64, 1), torch.float16)
+    assert whole["dwconv_gelu_backward", "16,64,2"]["ROWS"] == 16
+    assert cut["dwconv_gelu_backward", "16,64,2"]["ROWS"] == 16
 
 
 @only_triton
