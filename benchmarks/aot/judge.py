@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from benchmarks.aot.compile import Verdict
 from benchmarks.aot.record import Use
 from fastdiff_kernels import _launch
@@ -19,12 +21,15 @@ def resident(verdict: Verdict, family: str, num_warps: int) -> int:
     return min(by_registers, by_shared, BLOCKS, WARPS // num_warps) * num_warps
 
 
-def faults(use: Use, made: Verdict, family: str) -> list[str]:
-    """Why this form does not pass. Narrow accesses count where a preset or benchmark has them."""
+def faults(use: Use, made: Verdict, family: str, triton: str = "") -> list[str]:
+    """Why this form does not pass. Narrow accesses count where a preset or benchmark has them.
+
+    A known spill of this version of Triton is no fault.
+    """
     if made.error:
         return [made.error]
     found = []
-    if made.spilled:
+    if made.spilled and not known(use, made, family, triton):
         found.append(f"spills {made.spilled} bytes")
     if made.shared > _launch.CHIPS[family].shared:
         found.append(f"{made.shared} bytes of shared memory; {family} has room for less")
@@ -35,3 +40,53 @@ def faults(use: Use, made: Verdict, family: str) -> list[str]:
             pieces = (f"{n} {made.widths[n]} B ({made.spans.get(n, 0)} a warp)" for n in narrow)
             found.append(f"narrow accesses: {', '.join(pieces)}")
     return found
+
+
+@dataclass(frozen=True)
+class Known:
+    """A spill that no change of the kernel mended; every run of the gate prints it.
+
+    Attributes:
+        triton: the version that spills.
+        families: of chips.
+        kernel: its name.
+        constants: that its forms have, as in `Form.case`.
+        spilled: bytes a thread, at most.
+        why: what is known of it.
+    """
+
+    triton: str
+    families: tuple[str, ...]
+    kernel: str
+    constants: tuple[str, ...]
+    spilled: int
+    why: str
+
+    def covers(self, use: Use, family: str, triton: str) -> bool:
+        """Whether the form is one of those meant, spilling or not."""
+        constants = use.form.case.split()
+        return (
+            (self.triton, self.kernel) == (triton, use.form.name)
+            and family in self.families
+            and all(constant in constants for constant in self.constants)
+        )
+
+
+KNOWN = (
+    Known(
+        "3.9.0",
+        ("sm_90",),
+        "dwconv_gelu_backward",
+        ("ROWS=16", "SUMS=11"),
+        8,
+        "the program's number, stored before the loop and loaded after it; 3.6.0 does not spill",
+    ),
+)
+
+
+def known(use: Use, made: Verdict, family: str, triton: str) -> Known | None:
+    """The known spill that a form has, where it spills no more than that."""
+    for one in KNOWN:
+        if one.covers(use, family, triton) and 0 < made.spilled <= one.spilled:
+            return one
+    return None

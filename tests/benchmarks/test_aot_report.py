@@ -150,6 +150,41 @@ def test_a_spill_fails(family: str) -> None:
     assert f"spills {made.spilled} bytes" in wrong
 
 
+def test_a_known_spill_passes_to_the_byte(monkeypatch) -> None:
+    use = use_of(hold_too_much, 4096, 1)
+    made = one.compile_form(use.form, "sm_90", hold_too_much)
+
+    def faults(version: str = "1.0", family: str = "sm_90", spilled: int = 0) -> list[str]:
+        return judge.faults(
+            use, dataclasses.replace(made, spilled=made.spilled + spilled), family, version
+        )
+
+    known = judge.Known("1.0", ("sm_90",), "hold_too_much", ("BLOCK=4096",), made.spilled, "why")
+    assert faults()
+    monkeypatch.setattr(judge, "KNOWN", (known,))
+    assert not faults()
+    assert faults(spilled=4)
+    assert faults("1.1")
+    assert faults(family="sm_80")
+    monkeypatch.setattr(judge, "KNOWN", (dataclasses.replace(known, constants=("BLOCK=409",)),))
+    assert faults()
+
+
+def test_a_known_spill_that_is_gone_fails(monkeypatch) -> None:
+    version = store.Triton.current().version
+    known = judge.Known(version, ("sm_90",), "philox_fill", (), 8, "why")
+    monkeypatch.setattr(judge, "KNOWN", (known,))
+    cover = aot_report.Cover(False, "sm_90", ("benchmarks",), few=1)
+    found = record.Uses("sm_90")
+    for use in aot_report.collect("sm_90", [], ["benchmarks"]).uses.found.values():
+        if use.form.name == "philox_fill":
+            found.add_form(use.form, "benchmarks")
+    *_, wrong = aot_report.run([cover], {"sm_90": aot_report.Recorded(found, [])})
+    assert wrong == [
+        f"triton {version}, philox_fill []: spills no more; take it out of judge.KNOWN"
+    ]
+
+
 def test_a_spill_is_found_in_the_loop_that_has_it_and_where_there_is_no_loop() -> None:
     lines = ["STL", "FFMA", "LDL", "BRA", "FADD", "FADD", "FADD", "FADD", "BRA", "LDL", "EXIT"]
     targets = {3: 1, 8: 4}  # two loops: a load in the smaller, a load and a store in none

@@ -677,8 +677,8 @@ TUNABLE: dict[str, list[_launch.Config]] = {
     "dwconv_gelu_backward": [
         {"BLOCK": block, "ROWS": rows, "BANDS": bands, "num_warps": warps}
         for rows, bands, block, warps in (
-            *((16, 1, 64, 1), (16, 1, 128, 2), (16, 2, 64, 2), (8, 2, 64, 2), (8, 2, 64, 4)),
-            *((8, 4, 64, 4), (4, 4, 64, 4)),
+            *((16, 1, 64, 1), (16, 1, 128, 2), (8, 2, 64, 2), (8, 2, 64, 4), (8, 4, 64, 4)),
+            (4, 4, 64, 4),
         )
     ],
     "dwconv_gelu_sums": [
@@ -687,6 +687,17 @@ TUNABLE: dict[str, list[_launch.Config]] = {
         {"BLOCK": 64, "PARTS": 32},
     ],
 }
+
+
+def _span(W: int, warps: int, processors: int) -> int:
+    """Columns that a program takes, of W, if so many warps share the stripes of all columns.
+
+    Three rounds of 8 warps a processor; where there are fewer, a plane is cut across its columns,
+    at the price of two columns more a cut.
+    """
+    warps = max(warps, 1)
+    shortest = 16 if warps >= 8 * processors else 4
+    return max(_launch.cdiv(W * warps, 24 * processors), min(shortest, W))
 
 
 def _plan(
@@ -698,11 +709,7 @@ def _plan(
     config = _launch.config(kernel, (H, C, z.element_size()), chip, default)
     rows, blocks = config["BANDS"] * config["ROWS"], _launch.cdiv(C, config["BLOCK"])
     stripes = _launch.cdiv(H, rows)
-    # Three rounds of 8 warps a processor; where there are fewer, a plane is cut across its columns,
-    # at the price of two columns more a cut.
-    warps = max(B * stripes * blocks * config["num_warps"], 1)
-    shortest = 16 if warps >= 8 * chip.processors else 4
-    span = max(_launch.cdiv(W * warps, 24 * chip.processors), min(shortest, W))
+    span = _span(W, B * stripes * blocks * config["num_warps"], chip.processors)
     spans = _launch.cdiv(W, span) if span else 0
     span = _launch.cdiv(W, spans) if span else 0
     planes = B * stripes * spans
@@ -778,18 +785,20 @@ def backward(
     z, dy, bias = z.contiguous(), dy.contiguous(), bias.contiguous()
     # Words of two channels, where they lie at multiples of their size.
     pair = z.element_size() == 2 and C % 2 == 0 and not (z.data_ptr() | dy.data_ptr()) % 4
-    family = _launch.chip(z.device).family
-    # What fits the registers. 16 rows: of a grid that has as many, where a thread has words and
-    # addresses fold into constants, but not on sm_100. 8 rows of words: where addresses fold.
-    tallest = 8 if grid[1] in WIDTHS or not pair else 4
-    if tallest == 8 and pair and grid[0] == 16 and C % 64 == 0 and family in ("sm_80", "sm_90"):
-        tallest = 16
-    # The interpreter takes as long for a row as for a band of them, so it gets few rows.
-    rows = min(4 if family == "default" else tallest, max(4, _launch.power_of_two(grid[0])))
-    bands = 2 if grid[0] > rows else 1
+    chip = _launch.chip(z.device)
     # A warp has a band: 32 words, but 64 where its lanes are as many.
-    lanes = 64 if family == "gfx942" else 32
+    lanes = 64 if chip.family == "gfx942" else 32
     block = min(2 * lanes if z.element_size() == 2 else lanes, max(2, _launch.power_of_two(C)))
+    # What fits the registers. 16 rows: of a grid that has as many, in programs that take its whole
+    # width, where a thread has words and addresses fold into constants, but not on sm_100. 8 rows
+    # of words: where addresses fold. The interpreter takes as long for a row as for a band of them.
+    folds = grid[1] in WIDTHS
+    tallest = 4 if chip.family == "default" or (pair and not folds) else 8
+    if pair and folds and grid[0] == 16 and C % 64 == 0 and chip.family in ("sm_80", "sm_90"):
+        whole = _span(grid[1], z.shape[0] * _launch.cdiv(C, block), chip.processors) >= grid[1]
+        tallest = 16 if whole else 8
+    rows = min(tallest, max(4, _launch.power_of_two(grid[0])))
+    bands = 2 if grid[0] > rows else 1
     default = {"BLOCK": block, "ROWS": rows, "BANDS": bands, "num_warps": bands}
     planes, tiles, plan = _plan("dwconv_gelu_backward", z, grid, prefix, default)
     parts = None
@@ -804,7 +813,7 @@ def backward(
     if parts is not None:
         # One load of every thread takes all parts of a usual call, and every processor has some.
         default = {"BLOCK": 32, "PARTS": 16 if tiles <= 16 else 128, "num_warps": 4}
-        chip, of = _launch.chip(z.device), plan["BLOCK"]
+        of = plan["BLOCK"]
         config = _launch.config("dwconv_gelu_sums", (C,), chip, default)
         _launch.launch(
             dwconv_gelu_sums,

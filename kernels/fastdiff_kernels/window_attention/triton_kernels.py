@@ -661,10 +661,10 @@ def _plan(
             warps = T // 8
         elif chip.family == "sm_80" and kernel == "backward_keys":
             stages = 2
+        elif problem["PADDED"] and BLOCKS > 1 and DP == 16 and chip.family in ("sm_90", "default"):
+            warps = T // 4 if kernel == "backward_queries" else T // 8
         elif chip.family == "sm_90" and kernel == "backward_queries" and DP <= 64:
             warps, stages = T // 8, 2 if problem["PADDED"] and DP == 32 else 1
-        elif chip.family == "sm_90" and problem["PADDED"] and BLOCKS > 1 and DP == 16:
-            warps, stages = (T // 16, 1) if kernel == "backward_keys" else (T // 8, 2)
         elif chip.family == "sm_90" and vector and BLOCKS == 1 and DP >= 64:
             stages = 1
         elif chip.family == "gfx942":
@@ -673,7 +673,7 @@ def _plan(
         warps, stages = (8, 1) if T == 64 and chip.family == "sm_100" else (4, 2)
         if T == 64 and chip.family == "sm_90":
             if problem["PADDED"]:
-                warps, stages = 8, 1
+                warps, stages = 8, 1 if problem["ROLLED"] else 2
             elif kernel == "backward_keys":
                 warps = 8
     elif kernel == "backward" and T == 32 and vector and chip.family == "sm_90":
