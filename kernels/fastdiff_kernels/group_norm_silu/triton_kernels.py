@@ -974,7 +974,7 @@ def _backward(
         }
         grid = (cdiv(shape.C, 8) * (affine + shape.B * film),)
         arguments |= per_channel
-        num_warps = 2 if tile is not None else 8
+        num_warps = 4 if tile is not None else 8
         _launch.launch(
             group_norm_silu_parameter_gradients,
             grid,

@@ -660,7 +660,7 @@ def _plan(
         elif chip.family == "sm_100" and kernel == "backward_queries":
             warps = T // 8
         elif chip.family == "sm_80" and kernel == "backward_keys":
-            stages = 2
+            warps, stages = T // 8 if DP == 16 else warps, 2
         elif problem["PADDED"] and BLOCKS > 1 and DP == 16 and chip.family in ("sm_90", "default"):
             warps = T // 4 if kernel == "backward_queries" else T // 8
         elif chip.family == "sm_90" and kernel == "backward_queries" and DP <= 64:

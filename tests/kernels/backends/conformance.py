@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
-from fastdiff_kernels import _numerics, backend
+from fastdiff_kernels import _launch, _numerics, backend
 from fastdiff_kernels._numerics import UNIT
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -20,6 +21,13 @@ if BACKEND == "native":
     DEVICE = "cpu"
 
 DTYPES = tuple(UNIT)
+
+
+def only_as(family: str) -> None:
+    """Skip a test that pretends a chip of this family, where there is a GPU of another one."""
+    if DEVICE == "cuda" and (here := _launch.chip(torch.device(DEVICE)).family) != family:
+        pytest.skip(f"pretends {family}, and the GPU here is {here}")
+
 
 Call = Callable[..., Tensor | tuple[Tensor, ...]]
 

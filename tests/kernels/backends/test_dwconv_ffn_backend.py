@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from conformance import BACKEND, DEVICE, DTYPES, UNIT, check_numerics, check_repeats, run
+from conformance import BACKEND, DEVICE, DTYPES, UNIT, check_numerics, check_repeats, only_as, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -133,6 +133,7 @@ def test_every_configuration_that_tuning_may_choose():
 @only_triton
 def test_sixteen_rows_in_words_of_two_channels():
     """What Hopper runs on grids of 16 rows where a program takes a whole width; else 8 rows."""
+    only_as("sm_90")
     hopper = _launch.CHIPS["sm_90"]
     with _launch.pretend(dataclasses.replace(hopper, processors=1)), _launch.consulting() as whole:
         check_numerics(ffn_on((16, 7), 1), make_ffn((16, 7), 1, 16, 64, 8), torch.bfloat16)

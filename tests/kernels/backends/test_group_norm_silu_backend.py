@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from conformance import BACKEND, DEVICE, DTYPES, check_numerics, check_repeats, run
+from conformance import BACKEND, DEVICE, DTYPES, check_numerics, check_repeats, only_as, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -375,6 +375,7 @@ def test_a_few_images_at_a_time():
 @pytest.mark.parametrize("family", ["sm_80", "sm_90"])
 def test_kernels_of_a_call_overlap_where_the_chip_can(family, layout):
     """Programmatic dependent launch: of all kernels but the first, which waits for earlier work."""
+    only_as(family)
     *size, groups = BOTH["large"]
     inputs = on_device(make(*size, B=5))
     call = call_with(groups, layout)
