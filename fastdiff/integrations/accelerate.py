@@ -251,7 +251,8 @@ def _swin_layer(
         window_size=self.window_size,
         shift=int(self.shift_size),
         pad_mode="value",
-        pad_qkv=None if biases[0] is None else torch.cat(biases),
+        # What the projections give for padding: their biases, under autocast rounded like qkv.
+        pad_qkv=None if biases[0] is None else torch.cat(biases).to(qkv.dtype),
         scale=attention.scaling,
     )
     h = self.dropout(attention.o_proj(h.flatten(1, 2)))

@@ -152,6 +152,24 @@ def test_every_group_norm_and_window_is_fused(name, monkeypatch):
     assert not report.left
 
 
+def test_under_autocast_padding_is_rounded_as_the_projections_round_it(monkeypatch):
+    """As `test_every_group_norm_and_window_is_fused`; the vector has the dtype of the tiles."""
+    model, dtypes = swin(), set()
+    fastdiff.accelerate(model)
+
+    def noted(qkv, *args, _op=ops.window_attention, **kwargs):
+        dtypes.add((qkv.dtype, kwargs["pad_qkv"].dtype))
+        return _op(qkv, *args, **kwargs)
+
+    monkeypatch.setattr(ops, "window_attention", noted)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(BIG).last_hidden_state
+    assert dtypes == {(torch.bfloat16, torch.bfloat16)}
+    out.float().sum().backward()
+    bias = next(m for m in model.modules() if isinstance(m, SwinLayer)).attention.k_proj.bias
+    assert bias.grad.dtype is torch.float32
+
+
 def test_the_report_says_what_and_where():
     report = fastdiff.accelerate(unet())
     text = str(report)
