@@ -61,11 +61,16 @@ def start(script: str, *arguments: str, ranks: int) -> list[subprocess.Popen]:
 
 
 def finish(processes: list[subprocess.Popen], timeout: float = 240) -> None:
-    """Wait for ranks; fails where one fails."""
+    """Wait for ranks; fails where one fails, and leaves none running."""
     deadline = time.monotonic() + timeout
-    for process in processes:
-        _, errors = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
-        assert process.returncode == 0, errors[-4000:]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+            assert process.returncode == 0, errors[-4000:]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 def train_on(folder: Path, *recipes: Recipe, ranks: int = 2) -> list[Path]:

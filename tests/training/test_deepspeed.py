@@ -236,7 +236,9 @@ def test_every_stage_trains_in_lower_precision(tmp_path):
     recipe = tiny_recipe(tmp_path, max_steps=20)
     exact = train(to(recipe, tmp_path / "exact"))
     cases = [("bf16", zero, False) for zero in range(4)]
-    cases += [("fp16", 0, False), ("fp16", 2, False), ("bf16", 2, True), ("fp32", 3, True)]
+    cases += [("fp16", 0, False), ("bf16", 2, True), ("fp32", 3, True)]
+    if torch.ops.mkldnn._is_mkldnn_fp16_supported():  # else DeepSpeed refuses it on a CPU
+        cases.append(("fp16", 2, False))
     recipes = [
         to(recipe, tmp_path / f"{p}-{zero}-{off}", precision=p, zero=zero, offload=off)
         for p, zero, off in cases
