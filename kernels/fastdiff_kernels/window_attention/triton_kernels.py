@@ -654,7 +654,7 @@ def _plan(
     warps, stages = T // 16, 2
     if size == 4:
         # What each chip's compiler takes without spilling.
-        few = problem["PADDED"] or kernel == "forward"
+        tight = problem["PADDED"] or kernel == "forward"
         warps, stages = T // 4, 1 if chip.family == "sm_80" else 2
         if chip.family == "sm_100" and not problem["ROLLED"]:
             warps, stages = T // 8, 3
@@ -662,7 +662,7 @@ def _plan(
             warps = T // 8
         elif chip.family == "sm_80" and kernel == "backward_keys":
             warps, stages = T // 8 if DP == 16 else warps, 2
-        elif few and BLOCKS > 1 and DP == 16 and chip.family in ("sm_90", "default"):
+        elif tight and BLOCKS > 1 and DP == 16 and chip.family in ("sm_90", "default"):
             warps = T // 4 if kernel == "backward_queries" else T // 8
         elif chip.family == "sm_90" and kernel == "backward_queries" and DP <= 64:
             warps, stages = T // 8, 2 if problem["PADDED"] and DP == 32 else 1
