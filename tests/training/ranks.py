@@ -20,7 +20,7 @@ from fastdiff.training import engine as engines
 from fastdiff.training.config import load
 from fastdiff.training.loop import make_trainer
 
-engines.stop = lambda: None  # the group serves the next recipe too
+stop, engines.stop = engines.stop, lambda: None  # the group serves the next recipe too
 for recipe in map(load, map(Path, sys.argv[1:])):
     trainer = make_trainer(recipe)
     file = Path(recipe.train.out, f"keys-{trainer.rank}.jsonl")
@@ -33,6 +33,7 @@ for recipe in map(load, map(Path, sys.argv[1:])):
 
     trainer.engine.step = step
     trainer.run()
+stop()  # else threads of the group are there at exit, and may abort the process
 """
 
 
