@@ -44,7 +44,7 @@ def faults(use: Use, made: Verdict, family: str, triton: str = "") -> list[str]:
 
 @dataclass(frozen=True)
 class Known:
-    """A spill that no change of the kernel mended; every run of the gate prints it.
+    """A spill that no change of the kernel mended; the gate prints it where it compiles its forms.
 
     Attributes:
         triton: the version that spills.

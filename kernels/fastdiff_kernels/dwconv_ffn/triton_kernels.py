@@ -798,6 +798,7 @@ def backward(
         whole = _span(grid[1], z.shape[0] * _launch.cdiv(C, block), chip.processors) >= grid[1]
         tallest = 16 if whole else 8
     rows = min(tallest, max(4, _launch.power_of_two(grid[0])))
+    # With 8 channels most lanes are idle anyway, and a second band spills by triton 3.9.
     bands = 2 if grid[0] > rows and block > 8 else 1
     default = {"BLOCK": block, "ROWS": rows, "BANDS": bands, "num_warps": bands}
     planes, tiles, plan = _plan("dwconv_gelu_backward", z, grid, prefix, default)
